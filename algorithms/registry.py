@@ -1,0 +1,178 @@
+"""The registry: `@algorithm(Collective.X)` above a function makes it known under its own name.
+
+`ring_all_reduce` is known as "ring" among the all_reduce algorithms: the collective's name is taken off the
+function's. Everything that a caller must know beside the schedule is declared here, as data.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from ..errors import ArgumentError, UnknownAlgorithm
+from .collective import Block, Collective
+from .schedule import Program, Step, relabel, steps
+
+SizeFunction = Callable[[int], int]
+
+
+class Counts(NamedTuple):
+    """What a schedule costs, free of any machine.
+
+    `steps` is the longest chain of dependent messages. `sent` and `folded` are the largest of any rank, as
+    parts of the whole vector (the concatenation, for a collective that gathers or scatters; one rank's send
+    buffer for all_to_all).
+    """
+
+    steps: int
+    sent: Fraction
+    folded: Fraction
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """What an algorithm asks of the number of ranks."""
+
+    wants: str
+    holds: Callable[[int], bool]
+
+
+power_of_two = Restriction("a power of two ranks", lambda size: size & (size - 1) == 0)
+
+
+def at_least(ranks: int) -> Restriction:
+    """The restriction to `ranks` ranks or more."""
+    return Restriction(f"at least {ranks} ranks", lambda size: size >= ranks)
+
+
+def per_rank(size: int) -> int:
+    """As many blocks as ranks."""
+    return size
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One registered algorithm.
+
+    Attributes:
+        name: its name within the collective ("ring").
+        collective: what it does.
+        function: the program over (rank, size), written for root 0.
+        blocks: into how many blocks the vector is cut, from the number of ranks.
+        largest: how many blocks the largest message of any rank holds, from the number of ranks.
+        restrictions: what it asks of the number of ranks.
+        counts: the closed form of its cost; tests hold it against the schedule.
+    """
+
+    name: str
+    collective: Collective
+    function: Callable[[int, int], Program]
+    blocks: SizeFunction
+    largest: SizeFunction
+    restrictions: tuple[Restriction, ...] = ()
+    counts: Callable[[int], Counts] | None = None
+
+    def refusal(self, size: int) -> str | None:
+        """What `size` ranks lack for this algorithm, or None if it runs on them."""
+        return next((r.wants for r in self.restrictions if not r.holds(size)), None)
+
+    def program(self, rank: int, size: int, root: int = 0) -> list[Step]:
+        """The steps of `rank`; for another root than 0 the ranks (and blocks that name ranks) are rotated.
+
+        Raises:
+            ArgumentError: the algorithm does not run on `size` ranks.
+        """
+        wants = self.refusal(size)
+        if wants:
+            raise ArgumentError(f"{self.collective.value} {self.name} wants {wants}, and there are {size}")
+        program = self.function((rank - root) % size, size)
+        if root == 0:
+            return list(steps(program))
+
+        def real(virtual: int) -> int:
+            return (virtual + root) % size
+
+        def real_block(block: Block) -> Block:
+            return real(block) if isinstance(block, int) and not self.collective.cut else block
+
+        return list(relabel(program, real, real_block))
+
+
+_registry: dict[Collective, dict[str, Algorithm]] = {collective: {} for collective in Collective}
+
+
+def algorithm(
+    collective: Collective,
+    *,
+    blocks: int | SizeFunction | None = None,
+    largest: int | SizeFunction = 1,
+    restrictions: Sequence[Restriction] = (),
+    counts: Callable[[int], Counts] | None = None,
+    name: str | None = None,
+) -> Callable[[Callable[[int, int], Program]], Callable[[int, int], Program]]:
+    """Register the decorated program; the function itself is returned unchanged.
+
+    Args:
+        collective: what the program does.
+        blocks: into how many blocks the vector is cut (a number, or a function of the number of ranks). Only
+            for all_reduce, broadcast and reduce; elsewhere the blocks are the ranks' parts.
+        largest: the number of blocks in the largest message of any rank.
+        restrictions: what the program asks of the number of ranks.
+        counts: the closed form of steps, bytes sent and bytes folded.
+        name: another name than the function's.
+
+    Raises:
+        ArgumentError: `blocks` given where the collective fixes them, or the name is taken by another function.
+    """
+    if blocks is not None and not collective.cut:
+        raise ArgumentError(f"{collective.value} fixes its blocks (one per rank): leave out blocks={blocks!r}")
+
+    def register(function: Callable[[int, int], Program]) -> Callable[[int, int], Program]:
+        key = name or function.__name__.removesuffix(f"_{collective.value}")
+        known = _registry[collective].get(key)
+        if known and _origin(known.function) != _origin(function):
+            raise ArgumentError(
+                f"{collective.value} {key} is taken by {_origin(known.function)}: give the new function another name"
+            )
+        _registry[collective][key] = Algorithm(
+            key,
+            collective,
+            function,
+            _as_function(blocks if blocks is not None else (1 if collective.cut else per_rank)),
+            _as_function(largest),
+            tuple(restrictions),
+            counts,
+        )
+        return function
+
+    return register
+
+
+def algorithms(collective: Collective) -> dict[str, Algorithm]:
+    """All algorithms of a collective by name, in order of registration."""
+    return dict(_registry[collective])
+
+
+def lookup(collective: Collective, name: str) -> Algorithm:
+    """The algorithm of that name.
+
+    Raises:
+        UnknownAlgorithm: there is none; near names are in the message.
+    """
+    known = _registry[collective]
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    raise UnknownAlgorithm(f"no {collective.value} algorithm is called {name!r}: {hint}")
+
+
+def _as_function(value: int | SizeFunction) -> SizeFunction:
+    return value if callable(value) else lambda size: value
+
+
+def _origin(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,51 @@
+"""The ring: each rank talks to its two neighbours. Least bytes, most steps."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from .collective import Collective
+from .registry import Counts, algorithm, per_rank
+from .schedule import Program, recv, send
+
+
+@algorithm(
+    Collective.REDUCE_SCATTER,
+    counts=lambda p: Counts(p - 1, Fraction(p - 1, p), Fraction(p - 1, p)),
+)
+def ring_reduce_scatter(rank: int, size: int) -> Program:
+    """Every block walks once round the ring and gathers a contribution at each stop.
+
+    size - 1 steps; (size - 1)/size of the vector sent and folded per rank. Patarasuk & Yuan 2009.
+    """
+    left, right = (rank - 1) % size, (rank + 1) % size
+    for hop in range(1, size):
+        yield send(right, (rank - hop) % size), recv(left, (rank - hop - 1) % size, reduce=True)
+
+
+@algorithm(
+    Collective.ALL_GATHER,
+    counts=lambda p: Counts(p - 1, Fraction(p - 1, p), Fraction(0)),
+)
+def ring_all_gather(rank: int, size: int) -> Program:
+    """Every block walks once round the ring and leaves a copy at each stop.
+
+    size - 1 steps; (size - 1)/size of the result sent per rank. Patarasuk & Yuan 2009.
+    """
+    left, right = (rank - 1) % size, (rank + 1) % size
+    for hop in range(size - 1):
+        yield send(right, (rank - hop) % size), recv(left, (rank - hop - 1) % size)
+
+
+@algorithm(
+    Collective.ALL_REDUCE,
+    blocks=per_rank,
+    counts=lambda p: Counts(2 * (p - 1), Fraction(2 * (p - 1), p), Fraction(p - 1, p)),
+)
+def ring_all_reduce(rank: int, size: int) -> Program:
+    """Reduce-scatter round the ring, then all-gather round it.
+
+    2 (size - 1) steps; 2 (size - 1)/size of the vector sent, half of it folded. Patarasuk & Yuan 2009.
+    """
+    yield from ring_reduce_scatter(rank, size)
+    yield from ring_all_gather(rank, size)
