@@ -1,0 +1,1 @@
+"""abccl: a collective communication library with pluggable algorithms."""

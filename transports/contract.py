@@ -1,0 +1,153 @@
+"""The transport contract: a handful of verbs over bytes, and the execution of plans.
+
+A transport carries messages between the ranks of one group. The portable engine (`portable.py`) runs any plan over
+the verbs; a transport that can do better overrides `prepare` and runs plans itself. `check_transport` in
+`conformance.py` holds every transport to what this file says.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ..algorithms.plan import Plan
+from ..errors import DeadlineExceeded
+
+ANY_SOURCE = -1
+"""As the peer of `post_recv`: a message from any rank, the first that matches the tag."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a plan means, the same on every rank.
+
+    Attributes:
+        dtype: the number of the element type (`transports.types.NUMBERS`).
+        op: the number of the operator (`transports.types.OPERATORS`); of no meaning if nothing is folded.
+        factor: what SCALE multiplies by.
+        signature: a 32-bit checksum of `text`; ranks whose signatures differ have called different things.
+        text: "all_reduce(float32, sum, 1024 elements, ring)", for messages to people.
+    """
+
+    dtype: int
+    op: int
+    factor: float
+    signature: int
+    text: str
+
+
+class Request(Protocol):
+    """One posted send or receive."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the buffer may be used again. Becomes true only within `progress` or `wait`."""
+
+    @property
+    def source(self) -> int:
+        """For a finished receive: the rank it came from."""
+
+
+class Execution(Protocol):
+    """One run of a plan on its buffers."""
+
+    def progress(self) -> bool:
+        """Do what can be done without waiting; true when the run is finished.
+
+        Raises:
+            CollectiveError: the run failed; the transport is aborted.
+        """
+
+    def wait(self, deadline: float) -> None:
+        """Progress until finished or `deadline` (of time.monotonic()).
+
+        Raises:
+            DeadlineExceeded: with what was waited for; the transport is aborted.
+            CollectiveError: as `progress`.
+        """
+
+    def abort(self, reason: str) -> None:
+        """Abort the transport: every rank's waits raise `Aborted` with the reason."""
+
+
+class Prepared(Protocol):
+    """A plan made ready to run many times on one transport."""
+
+    def start(self, input: int, output: int) -> Execution:
+        """Start a run on the buffers at these addresses (0 where the plan has none).
+
+        The caller keeps the buffers alive until the run is finished. One run at a time per transport.
+        """
+
+
+class Transport(ABC):
+    """A group of ranks that can exchange messages. Not thread-safe: the communicator serialises its calls.
+
+    Messages of one tag from one rank to another arrive in the order they were posted. A send may wait for its
+    receive (no buffering is promised), so post first, then wait for all. Sending to oneself is not promised.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    rank: int
+    size: int
+
+    slot_bytes: int
+    """The longest message of a plan. (Messages of the verbs have no limit.)"""
+
+    lanes: int
+    """How many segments of a plan may be under way at a time."""
+
+    @abstractmethod
+    def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
+        """Begin to send `data` (contiguous bytes), which must stay unchanged until the request is done."""
+
+    @abstractmethod
+    def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
+        """Begin to receive exactly len(into) bytes from `peer`, or from ANY_SOURCE.
+
+        A message of another length fails the request's `wait` with `Mismatch`, and aborts the transport.
+        """
+
+    @abstractmethod
+    def progress(self) -> None:
+        """Move what can be moved without waiting.
+
+        Raises:
+            CollectiveError: the transport was aborted or a peer is lost.
+        """
+
+    @abstractmethod
+    def abort(self, error: Exception) -> None:
+        """Make every rank's present and future calls raise the class of `error` (Aborted, Mismatch, ...) with its
+        message. May be called from any thread; the first abort wins; never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. Peers that still wait for this rank raise PeerLost or their deadline. Idempotent."""
+
+    @abstractmethod
+    def prepare(self, plan: Plan, operation: Operation) -> Prepared:
+        """Make a plan ready to run; the portable engine's `PortablePlan(self, plan, operation)` serves any transport."""
+
+    def wait(self, requests: Sequence[Request], deadline: float) -> None:
+        """Progress until all requests are done.
+
+        Raises:
+            DeadlineExceeded: at `deadline` (of time.monotonic()); the transport is aborted.
+            CollectiveError: as `progress`.
+        """
+        while not all(request.done for request in requests):
+            self.progress()
+            if time.monotonic() > deadline:
+                error = DeadlineExceeded(
+                    f"{self.name}: rank {self.rank} of {self.size} waited in vain for "
+                    f"{sum(not request.done for request in requests)} of {len(requests)} messages"
+                )
+                self.abort(error)
+                raise error
+            time.sleep(0)
