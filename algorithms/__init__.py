@@ -1,6 +1,8 @@
 """Schedules: the vocabulary, the registry, the library of algorithms, and what reads them."""
 
-from . import ring
+from . import bruck, chain, direct, double_tree, doubling, ring, scatter_all_gather, tree
 from .collective import Block, Collective
+from .cost import Link, check_counts, counts, measured
 from .registry import Algorithm, Counts, Restriction, algorithm, algorithms, at_least, lookup, per_rank, power_of_two
+from .replay import Replay, replay
 from .schedule import Message, Program, Recv, Send, Step, mirror, recv, relabel, send, steps

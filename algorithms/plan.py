@@ -195,8 +195,7 @@ class _Lowering:
         for block, operand in copies.items():
             if self._is_read_after(block, index):
                 self._write(Instruction.COPY, block, operand)
-        if receives:
-            self.code.append(Instruction.RELEASE)
+        self.code.append(Instruction.RELEASE)
         for message in step:
             for block in message.blocks:
                 if not self._is_read_after(block, index):

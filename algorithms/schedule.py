@@ -77,9 +77,9 @@ def mirror(program: Program, reduce: bool = False) -> Iterator[Step]:
     """The program backwards in time, every send a receive and every receive a send.
 
     The mirror image of a broadcast is a reduce, of an all_gather a reduce_scatter (with `reduce`), of a
-    scatter a gather. Steps and bytes are those of the original.
+    scatter a gather. Messages and their blocks are those of the original.
     """
     for step in reversed(list(steps(program))):
         yield tuple(
-            Recv(m.peer, m.blocks, reduce) if isinstance(m, Send) else Send(m.peer, m.blocks) for m in step
+            Recv(m.peer, m.blocks, reduce) if isinstance(m, Send) else Send(m.peer, m.blocks) for m in reversed(step)
         )

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from ..algorithms.plan import Plan
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, Mismatch
 
 ANY_SOURCE = -1
 """As the peer of `post_recv`: a message from any rank, the first that matches the tag."""
+
+USER_TAGS = 256
+"""The first tag that plans leave alone."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Request(Protocol):
     @property
     def source(self) -> int:
         """For a finished receive: the rank it came from."""
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes the buffer has."""
+
+    @property
+    def length(self) -> int:
+        """How many bytes the message has. For a finished receive: had, which may be other than was wanted."""
 
 
 class Execution(Protocol):
@@ -102,15 +113,23 @@ class Transport(ABC):
     lanes: int
     """How many segments of a plan may be under way at a time."""
 
+    runs: int = 0
+    """How many runs of plans were started: the portable engine numbers its messages by it."""
+
     @abstractmethod
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
-        """Begin to send `data` (contiguous bytes), which must stay unchanged until the request is done."""
+        """Begin to send `data` (contiguous bytes), which must stay unchanged until the request is done.
+
+        Tags are 0 to 32767. The portable engine sends lane l's messages with tag l; the rest, from USER_TAGS up, is
+        for the caller's own.
+        """
 
     @abstractmethod
     def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
         """Begin to receive exactly len(into) bytes from `peer`, or from ANY_SOURCE.
 
-        A message of another length fails the request's `wait` with `Mismatch`, and aborts the transport.
+        Of a message of another length what fits is delivered, and the request's `length` tells; `wait` raises
+        `Mismatch` and aborts the transport. (A transport that can not tell may do so in `progress`.)
         """
 
     @abstractmethod
@@ -132,17 +151,22 @@ class Transport(ABC):
 
     @abstractmethod
     def prepare(self, plan: Plan, operation: Operation) -> Prepared:
-        """Make a plan ready to run; the portable engine's `PortablePlan(self, plan, operation)` serves any transport."""
+        """Make a plan ready to run; the portable engine's `PortablePlan(self, plan, operation)` serves all."""
+
+    def idle(self, deadline: float) -> None:
+        """Give the processor away until `progress` may find something, at most until `deadline`; may return early."""
+        time.sleep(0)
 
     def wait(self, requests: Sequence[Request], deadline: float) -> None:
         """Progress until all requests are done.
 
         Raises:
             DeadlineExceeded: at `deadline` (of time.monotonic()); the transport is aborted.
+            Mismatch: a received message had another length than its buffer; the transport is aborted.
             CollectiveError: as `progress`.
         """
+        self.progress()
         while not all(request.done for request in requests):
-            self.progress()
             if time.monotonic() > deadline:
                 error = DeadlineExceeded(
                     f"{self.name}: rank {self.rank} of {self.size} waited in vain for "
@@ -150,4 +174,13 @@ class Transport(ABC):
                 )
                 self.abort(error)
                 raise error
-            time.sleep(0)
+            self.idle(deadline)
+            self.progress()
+        for request in requests:
+            if request.length != request.wanted:
+                mismatch = Mismatch(
+                    f"{self.name}: rank {self.rank} of {self.size} wanted {request.wanted} bytes from rank "
+                    f"{request.source}, and {request.length} came: make the buffers of both equally long"
+                )
+                self.abort(mismatch)
+                raise mismatch

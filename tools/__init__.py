@@ -1,0 +1,1 @@
+"""The `abccl` command: verify, show and draw schedules, and measure them."""

@@ -1,0 +1,212 @@
+// The Python face of the native core: abccl.transports._native.
+#include <pybind11/chrono.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "copy.hpp"
+#include "dispatcher.hpp"
+#include "failure.hpp"
+#include "fold.hpp"
+
+namespace py = pybind11;
+using namespace abccl;
+
+namespace {
+
+const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* mutable_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Timeout seconds(double value) { return std::chrono::nanoseconds(static_cast<int64_t>(value * 1e9)); }
+
+py::object error_class(Kind kind) {
+    const char* names[] = {"AbcclError",       "ArgumentError", "TransportError", "ClosedError",
+                           "DeadlineExceeded", "PeerLost",      "Mismatch",       "Aborted"};
+    return py::module_::import("abccl.errors").attr(names[static_cast<size_t>(kind)]);
+}
+
+void translate(std::exception_ptr error) {
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const Failure& failure) {
+        PyErr_SetString(error_class(failure.kind).ptr(), failure.what());
+    }
+}
+
+template <class Item>
+std::vector<Item> items(const py::array_t<Item, py::array::c_style>& array) {
+    return std::vector<Item>(array.data(), array.data() + array.size());
+}
+
+std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& code,
+                                const py::array_t<int64_t, py::array::c_style>& table, int32_t rank, int32_t size,
+                                int64_t input_count, int64_t output_count, int32_t scratch, int32_t registers,
+                                int64_t segment, int64_t segments, int32_t lanes, int32_t type, int32_t op,
+                                double factor, uint32_t signature, std::string text, std::vector<std::string> names,
+                                const Communicator& communicator) {
+    if (type < 0 || type >= type_count || op < 0 || op >= op_count)
+        throw Failure(Kind::argument, "the plan's type or operator has no such number");
+    PlanParameters parameters{items(code), items(table), size,     rank,  input_count,            output_count,
+                              scratch,     registers,    segment,  segments, lanes,               static_cast<Type>(type),
+                              static_cast<Op>(op), factor, signature, std::move(text), std::move(names)};
+    const Geometry& geometry = communicator.endpoint.geometry();
+    return std::make_shared<Plan>(std::move(parameters), geometry.lanes, geometry.slot_bytes);
+}
+
+// Waits for a work; false at the timeout. Sends and receives are progressed by their waiter.
+bool wait(PendingWork& pending, py::object timeout) {
+    const Deadline deadline =
+        timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
+    bool finished;
+    {
+        py::gil_scoped_release release;
+        finished = pending.work->wait(deadline);
+        if (finished) pending.work->check();
+    }
+    if (finished) pending.buffers = py::none();
+    return finished;
+}
+
+std::shared_ptr<PendingWork> message(const std::shared_ptr<Communicator>& communicator, std::shared_ptr<Work> work,
+                                     py::object buffer, double timeout) {
+    auto pending = std::make_shared<PendingWork>();
+    pending->work = std::move(work);
+    pending->buffers = std::move(buffer);
+    pending->communicator = communicator;
+    pending->timeout = seconds(timeout);
+    return pending;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "abccl's native core: shared-memory channels, the engine that runs plans, fold kernels.";
+    py::register_exception_translator(translate);
+    Endpoint::set_on_tick([] {
+        if (!Py_IsInitialized()) return;
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
+
+    m.def("fold", [](int32_t type, int32_t op, uintptr_t destination, const std::vector<uintptr_t>& sources,
+                     size_t count) {
+        std::vector<const void*> pointers;
+        for (uintptr_t source : sources) pointers.push_back(pointer(source));
+        py::gil_scoped_release release;
+        fold(static_cast<Type>(type), static_cast<Op>(op), mutable_pointer(destination), pointers.data(),
+             static_cast<int>(pointers.size()), count);
+    });
+    m.def("scale", [](int32_t type, uintptr_t destination, uintptr_t source, double factor, size_t count) {
+        py::gil_scoped_release release;
+        scale(static_cast<Type>(type), mutable_pointer(destination), pointer(source), factor, count);
+    });
+    m.def("copy", [](uintptr_t destination, uintptr_t source, size_t bytes, bool streaming) {
+        py::gil_scoped_release release;
+        (streaming ? copy_streaming : copy)(mutable_pointer(destination), pointer(source), bytes);
+    });
+    m.def("type_name", [](int32_t type) { return name(static_cast<Type>(type)); });
+    m.def("op_name", [](int32_t op) { return name(static_cast<Op>(op)); });
+    m.def("type_size", [](int32_t type) { return size_of(static_cast<Type>(type)); });
+    m.def("op_defined", [](int32_t op, int32_t type) { return defined(static_cast<Op>(op), static_cast<Type>(type)); });
+    m.def("instruction_set", &instruction_set);
+    m.def("use_instruction_set", &use_instruction_set);
+
+    py::class_<Region, std::shared_ptr<Region>>(m, "Region")
+        .def_static("create", &Region::create)
+        .def_static("create_named", &Region::create_named)
+        .def_static("attach", &Region::attach)
+        .def_static("attach_named", &Region::attach_named)
+        .def("unlink_name", &Region::unlink_name)
+        .def_property_readonly("fd", &Region::fd)
+        .def_property_readonly("bytes", &Region::bytes);
+
+    py::class_<Geometry>(m, "Geometry")
+        .def(py::init([](uint32_t size, uint32_t lanes, uint32_t slots, uint32_t slot_bytes) {
+            if (size == 0 || lanes == 0 || slots < 2 || slot_bytes < cache_line || slot_bytes % cache_line)
+                throw Failure(Kind::argument,
+                              "a geometry wants a rank, a lane, two slots, and slots that are multiples of 64 bytes");
+            return Geometry{size, lanes, slots, slot_bytes};
+        }))
+        .def_property_readonly("bytes", &Geometry::bytes);
+
+    py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
+        .def(py::init(&make_plan), py::kw_only(), py::arg("code"), py::arg("table"), py::arg("rank"), py::arg("size"),
+             py::arg("input_count"), py::arg("output_count"), py::arg("scratch"), py::arg("registers"),
+             py::arg("segment"), py::arg("segments"), py::arg("lanes"), py::arg("type"), py::arg("op"),
+             py::arg("factor"), py::arg("signature"), py::arg("text"), py::arg("names"), py::arg("communicator"))
+        .def_property_readonly("text", [](const Plan& plan) { return plan.parameters.text; });
+
+    py::class_<PendingWork, std::shared_ptr<PendingWork>>(
+        m, "Work", "A handle on an asynchronous operation; its buffers stay alive until it is finished.")
+        .def("is_completed", [](const PendingWork& pending) { return pending.work->finished(); },
+             "Whether the operation is finished, well or not.")
+        .def("_wait", &wait, py::arg("timeout"))
+        .def_property_readonly("source", [](const PendingWork& pending) { return pending.work->source; });
+
+    py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
+        .def(py::init([](uint32_t rank, const Geometry& geometry, std::shared_ptr<Region> own) {
+            return std::make_shared<Communicator>(rank, geometry, std::move(own));
+        }))
+        .def("announce", [](Communicator& c, uint64_t token) { c.endpoint.announce(token); })
+        .def("attach", [](Communicator& c, uint32_t peer, std::shared_ptr<Region> region,
+                          uint64_t token) { c.endpoint.attach(peer, std::move(region), token); })
+        .def("run",
+             [](Communicator& c, std::shared_ptr<Plan> plan, uintptr_t input, uintptr_t output, double timeout) {
+                 py::gil_scoped_release release;
+                 c.run(std::move(plan), pointer(input), mutable_pointer(output), seconds(timeout));
+             })
+        .def("start",
+             [](const std::shared_ptr<Communicator>& c, std::shared_ptr<Plan> plan, uintptr_t input, uintptr_t output,
+                double timeout, py::object buffers) {
+                 auto work = c->start(std::move(plan), pointer(input), mutable_pointer(output), seconds(timeout));
+                 return message(c, std::move(work), std::move(buffers), timeout);
+             })
+        .def("post_send",
+             [](const std::shared_ptr<Communicator>& c, uint32_t peer, int64_t tag, uintptr_t data, size_t bytes,
+                py::object buffer, double timeout, bool asynchronous) {
+                 std::shared_ptr<Work> work;
+                 {
+                     py::gil_scoped_release release;
+                     work = c->post_send(peer, tag, pointer(data), bytes, seconds(timeout));
+                     if (asynchronous && !work->finished()) ProgressThread::submit(c);
+                 }
+                 return message(c, std::move(work), std::move(buffer), timeout);
+             })
+        .def("post_receive",
+             [](const std::shared_ptr<Communicator>& c, int32_t source, py::object tag, uintptr_t data, size_t bytes,
+                py::object buffer, double timeout, bool asynchronous) {
+                 const int64_t wanted = tag.is_none() ? any_tag : tag.cast<int64_t>();
+                 std::shared_ptr<Work> work;
+                 {
+                     py::gil_scoped_release release;
+                     work = c->post_receive(source, wanted, mutable_pointer(data), bytes, seconds(timeout));
+                     if (asynchronous && !work->finished()) ProgressThread::submit(c);
+                 }
+                 return message(c, std::move(work), std::move(buffer), timeout);
+             })
+        .def("wait_message",
+             [](Communicator& c, PendingWork& pending, double timeout) {
+                 py::gil_scoped_release release;
+                 c.wait_message(*pending.work, seconds(timeout));
+             })
+        .def("progress_messages",
+             [](Communicator& c) {
+                 py::gil_scoped_release release;
+                 c.progress_messages();
+             })
+        .def("abort", &Communicator::abort)
+        .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
+        .def("set_patience",
+             [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
+        .def_property(
+            "streaming_from", [](const Communicator& c) { return c.endpoint.streaming_from(); },
+            [](Communicator& c, size_t bytes) { c.endpoint.set_streaming_from(bytes); });
+
+    py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(m, "Dispatcher")
+        .def(py::init<std::shared_ptr<Communicator>, py::object, py::object, double>(), py::arg("communicator").none(true),
+             py::arg("bind"), py::arg("execute"), py::arg("timeout"))
+        .def("function", [](py::object self) { return self.cast<Dispatcher&>().function(self); })
+        .def("set_timeout", &Dispatcher::set_timeout)
+        .def("clear", &Dispatcher::clear);
+    m.def("fork_generation", &fork_generation);
+}

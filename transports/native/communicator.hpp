@@ -1,0 +1,77 @@
+// One rank's communicator: runs collectives in their callers' threads, or in order on the process's progress thread.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "endpoint.hpp"
+#include "execution.hpp"
+#include "mailbox.hpp"
+#include "work.hpp"
+
+namespace abccl {
+
+using Timeout = std::chrono::nanoseconds;
+
+class Communicator : public std::enable_shared_from_this<Communicator> {
+  public:
+    Communicator(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own)
+        : endpoint(rank, geometry, std::move(own)), mailbox(endpoint), execution_(endpoint) {}
+
+    // Runs the plan; returns when this rank's part is done. With nothing queued it runs in the calling thread.
+    void run(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
+    // Queues the plan behind what is queued already. The buffers must live until the work is finished.
+    std::shared_ptr<Work> start(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
+
+    std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes, Timeout timeout);
+    std::shared_ptr<Work> post_receive(int32_t source, int64_t tag, void* data, size_t bytes, Timeout timeout);
+    // Progresses sends and receives in the calling thread until the work is finished.
+    void wait_message(Work& work, Timeout timeout);
+    // Moves sends and receives along without waiting, for callers who poll.
+    void progress_messages();
+
+    // For the progress thread: a look at everything queued, without waiting; done when nothing is left.
+    Outcome progress();
+    // For the progress thread, now and then: raises what is wrong, in every work that is queued.
+    void tick();
+    void abort(uint32_t kind, const std::string& reason);
+    void close();
+    bool closed() const { return closed_.load(std::memory_order_acquire); }
+
+    Endpoint endpoint;
+    Mailbox mailbox;
+
+  private:
+    struct Task {
+        std::shared_ptr<const Plan> plan;
+        const void* input;
+        void* output;
+        Deadline deadline;
+        std::shared_ptr<Work> work;
+    };
+    void check_usable() const;
+    void fail_all(std::exception_ptr error);
+    std::shared_ptr<Work> enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
+    void drive(const Plan& plan, const void* input, void* output, Timeout timeout);
+
+    std::mutex mutex_;          // of the queue
+    std::deque<std::shared_ptr<Task>> queue_;  // the front one is running once `started_`
+    std::mutex engine_;         // held by whoever runs a plan from the queue
+    bool started_ = false;
+    bool busy_ = false;         // a caller's thread is running a plan
+    std::atomic<int64_t> messages_deadline_{0};
+    std::atomic<bool> closed_{false};
+    Execution execution_;
+};
+
+// Moves every communicator's queued work along. One thread a process, started by the first asynchronous call.
+class ProgressThread {
+  public:
+    static void submit(const std::shared_ptr<Communicator>& communicator);
+    // In a forked child there is no thread: forget it.
+    static void forget();
+};
+
+}  // namespace abccl

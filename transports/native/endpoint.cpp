@@ -1,0 +1,361 @@
+#include "endpoint.hpp"
+
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <mutex>
+
+#include "copy.hpp"
+#include "failure.hpp"
+
+namespace abccl {
+namespace {
+
+constexpr int tick_milliseconds = 20;
+
+inline void cpu_relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// A sender publishes and then looks whether the receiver sleeps; the receiver says that it sleeps and then looks
+// whether something came. Both need a full fence between their two steps. membarrier puts the sender's fence into
+// the (slow) receiver; where the kernel lacks it a sleep is short instead, as its wake-up may be missed.
+bool use_membarrier() {
+    static const bool registered =
+        syscall(__NR_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
+    return registered;
+}
+
+void fence_all() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (use_membarrier()) syscall(__NR_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0);
+}
+
+int open_process(int pid) {
+#ifdef __NR_pidfd_open
+    return static_cast<int>(syscall(__NR_pidfd_open, pid, 0));
+#else
+    (void)pid;
+    return -1;
+#endif
+}
+
+}  // namespace
+
+std::function<void()> Endpoint::on_tick = [] {};
+
+void Endpoint::set_on_tick(std::function<void()> function) { on_tick = std::move(function); }
+
+Endpoint::Endpoint(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own)
+    : rank_(rank),
+      geometry_(geometry),
+      regions_(geometry.size),
+      control_(reinterpret_cast<Control*>(own->base())),
+      outgoing_(geometry.size * geometry.channels()),
+      incoming_(geometry.size * geometry.channels()),
+      multicast_(geometry.lanes * geometry.slots),
+      multicast_next_(geometry.lanes, 0),
+      process_handles_(geometry.size, -1) {
+    if (own->bytes() != geometry.bytes()) throw Failure(Kind::transport, "the region's size is not the layout's");
+    use_membarrier();
+    regions_[rank] = std::move(own);
+    control_->rank = rank;
+    control_->size = geometry.size;
+    control_->pid = getpid();
+}
+
+Endpoint::~Endpoint() {
+    for (int handle : process_handles_)
+        if (handle >= 0) ::close(handle);
+}
+
+void Endpoint::announce(uint64_t token) { control_->token.store(token, std::memory_order_release); }
+
+void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t token) {
+    regions_[peer] = std::move(region);
+    Control& theirs = control(peer);
+    if (theirs.token.load(std::memory_order_acquire) != token || theirs.rank != peer ||
+        theirs.size != geometry_.size)
+        throw Failure(Kind::transport, "the shared memory found is not that of rank " + std::to_string(peer));
+    if (theirs.pid != getpid()) process_handles_[peer] = open_process(theirs.pid);
+    uint8_t* mine = regions_[rank_]->base();
+    uint8_t* base = regions_[peer]->base();
+    for (uint32_t lane = 0; lane < geometry_.channels(); ++lane) {
+        Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
+        out.ring = reinterpret_cast<Descriptor*>(mine + geometry_.descriptor(peer, lane));
+        out.arena = mine + geometry_.arena(peer, lane);
+        out.tail = &reinterpret_cast<Tail*>(base + geometry_.tail(rank_, lane))->value;
+        Incoming& in = incoming_[geometry_.channel(peer, lane)];
+        in.ring = reinterpret_cast<Descriptor*>(base + geometry_.descriptor(rank_, lane));
+        in.peer_base = base;
+        in.tail = &reinterpret_cast<Tail*>(mine + geometry_.tail(peer, lane))->value;
+    }
+}
+
+void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes) {
+    const bool streaming = bytes >= streaming_from_;
+    for (size_t i = 0; i < span_count; ++i) {
+        if (streaming)
+            copy_streaming(destination, spans[i].data, spans[i].bytes);
+        else
+            std::memcpy(destination, spans[i].data, spans[i].bytes);
+        destination += spans[i].bytes;
+    }
+}
+
+bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
+                        size_t span_count, size_t bytes) {
+    for (uint32_t i = 0; i < n; ++i) {
+        Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
+        if (out.next - out.seen_tail < geometry_.slots) continue;
+        out.seen_tail = out.tail->load(std::memory_order_acquire);
+        if (out.next - out.seen_tail >= geometry_.slots) return false;
+    }
+    const bool is_inline = bytes <= inline_bytes;
+    uint8_t* slot = nullptr;
+    if (!is_inline && n == 1) {
+        Outgoing& out = outgoing_[geometry_.channel(peers[0], lane)];
+        slot = out.arena + static_cast<size_t>(out.next % geometry_.slots) * geometry_.slot_bytes;
+    } else if (!is_inline) {
+        const uint32_t index = multicast_next_[lane] % geometry_.slots;
+        MulticastSlot& multicast = multicast_[lane * geometry_.slots + index];
+        for (auto [peer, number] : multicast.readers) {
+            const uint32_t tail =
+                outgoing_[geometry_.channel(peer, lane)].tail->load(std::memory_order_acquire);
+            if (static_cast<int32_t>(tail - number) < 0) return false;
+        }
+        slot = regions_[rank_]->base() + geometry_.multicast(lane) +
+               static_cast<size_t>(index) * geometry_.slot_bytes;
+        multicast.readers.clear();
+        for (uint32_t i = 0; i < n; ++i)
+            multicast.readers.emplace_back(peers[i], outgoing_[geometry_.channel(peers[i], lane)].next + 1);
+        ++multicast_next_[lane];
+    }
+    if (slot) write(slot, spans, span_count, bytes);
+    for (uint32_t i = 0; i < n; ++i) {
+        Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
+        Descriptor& descriptor = out.ring[out.next % geometry_.slots];
+        descriptor.signature = signature;
+        descriptor.length = static_cast<uint32_t>(bytes);
+        if (is_inline) {
+            descriptor.where = inlined;
+            uint8_t* to = descriptor.payload;
+            for (size_t s = 0; s < span_count; ++s) {
+                std::memcpy(to, spans[s].data, spans[s].bytes);
+                to += spans[s].bytes;
+            }
+        } else {
+            descriptor.where = static_cast<uint32_t>((slot - regions_[rank_]->base()) / cache_line);
+        }
+        descriptor.sequence.store(++out.next, std::memory_order_release);
+        ring_if_sleeping(control(peers[i]));
+    }
+    return true;
+}
+
+const Descriptor* Endpoint::try_receive(uint32_t peer, uint32_t lane) {
+    Incoming& in = incoming_[geometry_.channel(peer, lane)];
+    const Descriptor& descriptor = in.ring[in.next % geometry_.slots];
+    if (descriptor.sequence.load(std::memory_order_acquire) != in.next + 1) return nullptr;
+    ++in.next;
+    return &descriptor;
+}
+
+const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) const {
+    if (descriptor.where == inlined) return descriptor.payload;
+    return regions_[peer]->base() + static_cast<size_t>(descriptor.where) * cache_line;
+}
+
+void Endpoint::release(uint32_t peer, uint32_t lane) {
+    Incoming& in = incoming_[geometry_.channel(peer, lane)];
+    in.tail->store(in.next, std::memory_order_release);
+    ring_if_sleeping(control(peer));
+}
+
+uint64_t Endpoint::enter(uint32_t signature, const std::string& text) {
+    ++sequence_;
+    signature_ = signature;
+    text_ = text;
+    Record& record = control_->records[sequence_ % history];
+    record.sequence.store(0, std::memory_order_relaxed);
+    record.signature.store(signature, std::memory_order_release);
+    uint64_t words[text_words] = {};
+    std::memcpy(words, text.data(), std::min(text.size(), sizeof(words) - 1));
+    const size_t used = std::min<size_t>(text_words, text.size() / sizeof(uint64_t) + 1);
+    for (size_t i = 0; i < used; ++i) record.text[i].store(words[i], std::memory_order_release);
+    record.sequence.store(sequence_, std::memory_order_release);
+    control_->entered.store(sequence_, std::memory_order_release);
+    return sequence_;
+}
+
+bool Endpoint::read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const {
+    const Record& record = control(peer).records[sequence % history];
+    if (record.sequence.load(std::memory_order_acquire) != sequence) return false;
+    uint64_t words[text_words];
+    for (size_t i = 0; i < text_words; ++i) words[i] = record.text[i].load(std::memory_order_acquire);
+    *signature = record.signature.load(std::memory_order_acquire);
+    if (record.sequence.load(std::memory_order_relaxed) != sequence) return false;
+    const char* characters = reinterpret_cast<const char*>(words);
+    *text = std::string(characters, strnlen(characters, sizeof(words)));
+    return true;
+}
+
+std::string Endpoint::status(uint32_t peer) const {
+    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
+    const uint64_t finished = control(peer).finished.load(std::memory_order_relaxed);
+    const std::string which = " #" + std::to_string(sequence_);
+    uint32_t signature = 0;
+    std::string text = "nothing";
+    if (entered != 0) read_record(peer, entered, &signature, &text);
+    const std::string last = text + (entered ? " #" + std::to_string(entered) : "");
+    if (control(peer).closed.load(std::memory_order_relaxed)) return "which has closed after " + last;
+    if (entered < sequence_)
+        return "which has not entered" + which + " (last: " + last + (finished < entered ? ", unfinished)" : ")");
+    if (entered > sequence_) return "which has gone on to " + last;
+    return finished == entered ? "which has finished it" : "which is in it too";
+}
+
+void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
+    check_abort();
+    uint32_t signature = 0;
+    std::string theirs;
+    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
+    if (!read_record(peer, sequence_, &signature, &theirs)) {
+        theirs = entered < sequence_ ? "has not entered #" + std::to_string(sequence_) + " and sent " : "has gone on to ";
+        std::string latest;
+        read_record(peer, entered, &signature, &latest);
+        theirs += latest + " #" + std::to_string(entered);
+    } else {
+        theirs = "called " + theirs;
+    }
+    fail(static_cast<uint32_t>(Kind::mismatch),
+         "collective #" + std::to_string(sequence_) + ": rank " + std::to_string(rank_) + " called " + text_ +
+             ", rank " + std::to_string(peer) + " " + theirs + detail +
+             ": all ranks must make the same calls in the same order");
+}
+
+bool Endpoint::gone(uint32_t peer) const {
+    if (control(peer).closed.load(std::memory_order_acquire)) return true;
+    if (process_handles_[peer] < 0) return false;
+    pollfd handle{process_handles_[peer], POLLIN, 0};
+    return poll(&handle, 1, 0) > 0;
+}
+
+void Endpoint::lost(uint32_t peer, const std::string& doing) {
+    check_abort();
+    const bool closed = control(peer).closed.load(std::memory_order_acquire);
+    fail(static_cast<uint32_t>(Kind::peer_lost),
+         "rank " + std::to_string(peer) + (closed ? " closed its communicator" : " ended (process " +
+         std::to_string(control(peer).pid) + ")") + " while rank " + std::to_string(rank_) + " waited in " + doing +
+         (closed ? ": all ranks must make the same calls" : ": look at that rank's output for the reason"));
+}
+
+void Endpoint::check_collective() {
+    check_abort();
+    for (uint32_t peer = 0; peer < geometry_.size; ++peer) {
+        if (peer == rank_) continue;
+        uint32_t signature = 0;
+        std::string text;
+        if (read_record(peer, sequence_, &signature, &text) && signature != signature_) mismatch(peer, "");
+        // A peer that has finished its part may go: what it sent stays readable.
+        if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_)
+            lost(peer, text_ + " #" + std::to_string(sequence_));
+    }
+}
+
+void Endpoint::wait(const std::function<Outcome()>& progress, const std::function<void()>& tick, Patience patience) {
+    int idle = 0;
+    for (;;) {
+        Outcome outcome = progress();
+        if (outcome == Outcome::done) return;
+        if (outcome == Outcome::moved) {
+            idle = 0;
+            continue;
+        }
+        check_abort();
+        if (++idle < patience.spins) {
+            cpu_relax();
+        } else if (idle < patience.spins + patience.yields) {
+            sched_yield();
+        } else {
+            Sleeper sleeper(*this);
+            outcome = progress();
+            if (outcome == Outcome::done) return;
+            if (outcome == Outcome::blocked) sleeper.sleep(tick_milliseconds);
+            tick();
+        }
+    }
+}
+
+Endpoint::Sleeper::Sleeper(Endpoint& endpoint) : endpoint_(endpoint) {
+    endpoint_.control_->sleepers.fetch_add(1, std::memory_order_seq_cst);
+    bell_ = endpoint_.control_->doorbell.load(std::memory_order_acquire);
+    fence_all();
+}
+
+Endpoint::Sleeper::~Sleeper() { endpoint_.control_->sleepers.fetch_sub(1, std::memory_order_relaxed); }
+
+void Endpoint::Sleeper::sleep(int milliseconds) {
+    if (!use_membarrier()) milliseconds = 1;
+    timespec timeout{milliseconds / 1000, (milliseconds % 1000) * 1000000L};
+    syscall(__NR_futex, &endpoint_.control_->doorbell, FUTEX_WAIT, bell_, &timeout, nullptr, 0);
+}
+
+void Endpoint::ring(Control& control) {
+    control.doorbell.fetch_add(1, std::memory_order_release);
+    syscall(__NR_futex, &control.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void Endpoint::throw_abort() const {
+    const uint32_t word = control_->abort.load(std::memory_order_acquire);
+    const uint32_t culprit = (word & 0xFFFFFF) - 1;
+    const Control& theirs = control(culprit);
+    throw Failure(static_cast<Kind>(word >> 24), std::string(theirs.reason, strnlen(theirs.reason, sizeof(theirs.reason))));
+}
+
+void Endpoint::abort(uint32_t kind, const std::string& reason) noexcept {
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    uint32_t word = control_->abort.load(std::memory_order_acquire);
+    if (word == 0) {
+        const size_t length = std::min(reason.size(), sizeof(control_->reason) - 1);
+        std::memcpy(control_->reason, reason.data(), length);
+        control_->reason[length] = 0;
+        const uint32_t mine = kind << 24 | (rank_ + 1);
+        if (control_->abort.compare_exchange_strong(word, mine, std::memory_order_acq_rel)) word = mine;
+    }
+    for (uint32_t peer = 0; peer < geometry_.size; ++peer) {
+        if (!regions_[peer]) continue;
+        uint32_t none = 0;
+        control(peer).abort.compare_exchange_strong(none, word, std::memory_order_acq_rel);
+        ring(control(peer));
+    }
+}
+
+void Endpoint::fail(uint32_t kind, const std::string& reason) {
+    abort(kind, reason);
+    throw_abort();
+}
+
+void Endpoint::close() {
+    control_->closed.store(1, std::memory_order_release);
+    uint32_t none = 0;
+    std::strcpy(control_->reason, "the communicator was closed while this operation was pending");
+    control_->abort.compare_exchange_strong(none, static_cast<uint32_t>(Kind::closed) << 24 | (rank_ + 1));
+    ring(*control_);
+    for (uint32_t peer = 0; peer < geometry_.size; ++peer)
+        if (regions_[peer]) ring_if_sleeping(control(peer));
+}
+
+}  // namespace abccl

@@ -1,0 +1,164 @@
+// One rank's end of a shared-memory group: its channels to every peer, and how it waits, aborts and diagnoses.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "layout.hpp"
+#include "region.hpp"
+
+namespace abccl {
+
+using Clock = std::chrono::steady_clock;
+using Deadline = Clock::time_point;
+
+enum class Outcome { blocked, moved, done };
+
+// The sender's side of a channel (pair of ranks, lane). Its counters are private, its ring and arena shared.
+struct Outgoing {
+    Descriptor* ring;
+    uint8_t* arena;
+    std::atomic<uint32_t>* tail;  // in the peer's region
+    uint32_t next = 0;
+    uint32_t seen_tail = 0;
+};
+
+// The receiver's side of a channel.
+struct Incoming {
+    Descriptor* ring;  // in the peer's region
+    uint8_t* peer_base;
+    std::atomic<uint32_t>* tail;
+    uint32_t next = 0;
+};
+
+// A slot of the multicast arena is free again when all its readers' tails have passed.
+struct MulticastSlot {
+    std::vector<std::pair<uint32_t, uint32_t>> readers;  // (peer, number of the message on the peer's channel)
+};
+
+struct Span {
+    const void* data;
+    size_t bytes;
+};
+
+// How long a wait spins (checks), then yields the core (times), before it sleeps.
+struct Patience {
+    int spins;
+    int yields;
+};
+
+class Endpoint {
+  public:
+    Endpoint(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own);
+    ~Endpoint();
+    Endpoint(const Endpoint&) = delete;
+    Endpoint& operator=(const Endpoint&) = delete;
+
+    // Announces the own region with a random token, which peers check.
+    void announce(uint64_t token);
+    void attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t token);
+
+    uint32_t rank() const { return rank_; }
+    const Geometry& geometry() const { return geometry_; }
+
+    // ---- Channels. None of these waits.
+
+    // Sends the spans as one message to each of the peers, or to none: false if there is no room.
+    bool try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
+                  size_t span_count, size_t bytes);
+    // The next message from the peer, or null. Its bytes stay valid until `release` of its channel.
+    const Descriptor* try_receive(uint32_t peer, uint32_t lane);
+    const uint8_t* payload(uint32_t peer, const Descriptor& descriptor) const;
+    // Gives back all messages received so far on the channel.
+    void release(uint32_t peer, uint32_t lane);
+
+    // ---- Collectives as seen by peers.
+
+    // Enters the next collective; returns its number. `signature` and `text` describe what was called.
+    uint64_t enter(uint32_t signature, const std::string& text);
+    void finish() { control_->finished.store(sequence_, std::memory_order_release); }
+    uint64_t sequence() const { return sequence_; }
+    // What `peer` is doing, for messages to people.
+    std::string status(uint32_t peer) const;
+    // A message of collective number `sequence()` from `peer` had the wrong signature or length: throws Mismatch.
+    [[noreturn]] void mismatch(uint32_t peer, const std::string& detail);
+
+    // ---- Waiting and failing.
+
+    // Calls `progress` until it returns done. Spins, yields, then sleeps until a peer rings or a tick has passed,
+    // and calls `tick`, which throws what ends the wait. Throws as soon as the group is aborted.
+    void wait(const std::function<Outcome()>& progress, const std::function<void()>& tick, Patience patience);
+    void check_abort() const {
+        if (control_->abort.load(std::memory_order_relaxed) != 0) throw_abort();
+    }
+    // Throws if the present collective can not end: aborted, a peer gone before it, a mismatch known.
+    void check_collective();
+    // Whether the peer's process has ended or closed its communicator.
+    bool gone(uint32_t peer) const;
+    [[noreturn]] void lost(uint32_t peer, const std::string& doing);
+    // Makes every rank raise; the first abort wins. Never throws.
+    void abort(uint32_t kind, const std::string& reason) noexcept;
+    [[noreturn]] void fail(uint32_t kind, const std::string& reason);
+    // Wakes this rank's own sleeping threads.
+    void ring_self() {
+        std::atomic_thread_fence(std::memory_order_seq_cst);
+        ring_if_sleeping(*control_);
+    }
+    // Says goodbye to peers, and makes this rank's own waits raise.
+    void close();
+
+    Patience patience() const { return patience_; }
+    void set_patience(Patience patience) { patience_ = patience; }
+    void set_streaming_from(size_t bytes) { streaming_from_ = bytes; }
+    size_t streaming_from() const { return streaming_from_; }
+
+    // To be called at every tick of a caller's wait, without locks held; may throw. (Python checks for signals here.)
+    static void set_on_tick(std::function<void()> on_tick);
+    static std::function<void()> on_tick;
+
+    static Patience short_patience() { return {50, 50}; }
+
+    // Sleep protocol, for threads that wait on more than one thing: begin, look again, then sleep or end.
+    class Sleeper {
+      public:
+        explicit Sleeper(Endpoint& endpoint);
+        ~Sleeper();
+        void sleep(int milliseconds);
+
+      private:
+        Endpoint& endpoint_;
+        uint32_t bell_;
+    };
+
+  private:
+    [[noreturn]] void throw_abort() const;
+    void ring_if_sleeping(Control& control) {
+        if (control.sleepers.load(std::memory_order_relaxed) != 0) ring(control);
+    }
+    static void ring(Control& control);
+    void write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes);
+    Control& control(uint32_t peer) const { return *reinterpret_cast<Control*>(regions_[peer]->base()); }
+    bool read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const;
+
+    uint32_t rank_;
+    Geometry geometry_;
+    std::vector<std::shared_ptr<Region>> regions_;
+    Control* control_;
+    std::vector<Outgoing> outgoing_;
+    std::vector<Incoming> incoming_;
+    std::vector<MulticastSlot> multicast_;
+    std::vector<uint32_t> multicast_next_;
+    std::vector<int> process_handles_;  // pidfds
+    uint64_t sequence_ = 0;
+    uint32_t signature_ = 0;
+    std::string text_;
+    Patience patience_{2000, 2000};
+    size_t streaming_from_ = 4096;
+};
+
+}  // namespace abccl

@@ -1,0 +1,22 @@
+// The table through which fold.cpp reaches the kernels of one instruction set.
+#pragma once
+
+#include "types.hpp"
+
+namespace abccl {
+
+using FoldKernel = void (*)(char* destination, const char* const* sources, int k, size_t count);  // k >= 2
+using ScaleKernel = void (*)(char* destination, const char* source, double factor, size_t count);
+
+struct FoldTable {
+    const char* name;
+    FoldKernel fold[type_count][op_count];  // null where the operator is not defined for the type
+    ScaleKernel scale[type_count];          // null where the type is not scalable
+};
+
+// Each is a constant, so that no code of an instruction set runs before the CPU was asked for it.
+extern const FoldTable fold_baseline;
+extern const FoldTable fold_avx2;
+extern const FoldTable fold_avx512;
+
+}  // namespace abccl

@@ -1,0 +1,234 @@
+#include "mailbox.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "failure.hpp"
+
+namespace abccl {
+namespace {
+
+// The first message on the channel announces the user's; what follows it is bytes.
+struct Announcement {
+    uint64_t bytes;
+    int64_t tag;
+};
+constexpr uint32_t announcement_signature = 0x5E4DBEEF;
+constexpr uint32_t bytes_signature = 0x5E4DDA7A;
+constexpr size_t bytes_with_announcement = inline_bytes - sizeof(Announcement);
+
+}  // namespace
+
+Mailbox::Mailbox(Endpoint& endpoint)
+    : endpoint_(endpoint),
+      lane_(endpoint.geometry().lanes),
+      sending_(endpoint.geometry().size),
+      arriving_(endpoint.geometry().size) {}
+
+std::shared_ptr<Work> Mailbox::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    endpoint_.check_abort();
+    auto work = std::make_shared<Work>();
+    sending_[peer].push_back({work, tag, static_cast<const uint8_t*>(data), bytes, 0, false});
+    return work;
+}
+
+std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    endpoint_.check_abort();
+    Receiving receive{std::make_shared<Work>(), source, tag, static_cast<uint8_t*>(data), bytes};
+    auto found = std::find_if(unexpected_.begin(), unexpected_.end(),
+                              [&](const Unexpected& u) { return receive.accepts(u.peer, u.tag); });
+    if (found == unexpected_.end()) {
+        receiving_.push_back(receive);
+        return receive.work;
+    }
+    check_length(receive, found->peer, found->bytes.size());
+    if (bytes) std::memcpy(receive.data, found->bytes.data(), bytes);
+    receive.work->source = found->peer;
+    unexpected_.erase(found);
+    receive.work->succeed();
+    return receive.work;
+}
+
+void Mailbox::check_length(const Receiving& receive, uint32_t peer, size_t bytes) {
+    if (bytes == receive.bytes) return;
+    endpoint_.fail(static_cast<uint32_t>(Kind::mismatch),
+                   "recv: rank " + std::to_string(endpoint_.rank()) + " wants " + std::to_string(receive.bytes) +
+                       " bytes from rank " + std::to_string(peer) + ", whose send has " + std::to_string(bytes) +
+                       ": both sides must name the same length");
+}
+
+Outcome Mailbox::progress() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return Outcome::blocked;
+    bool moved = false;
+    bool pending = !receiving_.empty();
+    for (uint32_t peer = 0; peer < endpoint_.geometry().size; ++peer) {
+        if (peer == endpoint_.rank()) continue;
+        moved |= progress_sends(peer);
+        moved |= progress_receives(peer);
+        pending |= !sending_[peer].empty() || arriving_[peer].matched;
+    }
+    return moved ? Outcome::moved : pending ? Outcome::blocked : Outcome::done;
+}
+
+bool Mailbox::progress_sends(uint32_t peer) {
+    bool moved = false;
+    while (!sending_[peer].empty()) {
+        Sending& s = sending_[peer].front();
+        const size_t left = s.bytes - s.moved;
+        if (!s.announced) {
+            const Announcement announcement{s.bytes, s.tag};
+            const size_t now = s.bytes <= bytes_with_announcement ? s.bytes : 0;
+            const Span spans[2] = {{&announcement, sizeof(announcement)}, {s.data, now}};
+            if (!endpoint_.try_send(&peer, 1, lane_, announcement_signature, spans, now ? 2 : 1,
+                                    sizeof(announcement) + now))
+                return moved;
+            s.announced = true;
+            s.moved = now;
+        } else {
+            const Span span{s.data + s.moved, std::min<size_t>(left, endpoint_.geometry().slot_bytes)};
+            if (!endpoint_.try_send(&peer, 1, lane_, bytes_signature, &span, 1, span.bytes)) return moved;
+            s.moved += span.bytes;
+        }
+        moved = true;
+        if (s.moved == s.bytes) {
+            s.work->succeed();
+            sending_[peer].pop_front();
+        }
+    }
+    return moved;
+}
+
+bool Mailbox::progress_receives(uint32_t peer) {
+    bool moved = false;
+    Arriving& a = arriving_[peer];
+    for (;;) {
+        const bool wanted = std::any_of(receiving_.begin(), receiving_.end(),
+                                        [&](const Receiving& r) { return r.from(peer); });
+        if (!a.open) {
+            // What nobody waits for stays with its sender: its memory is bounded, ours stays free.
+            if (!wanted) return moved;
+            const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
+            if (!descriptor) return moved;
+            Announcement announcement;
+            std::memcpy(&announcement, descriptor->payload, sizeof(announcement));
+            const size_t now = descriptor->length - sizeof(announcement);
+            a.open = true;
+            a.tag = announcement.tag;
+            a.bytes = announcement.bytes;
+            a.moved = 0;
+            a.matched = a.unexpected = false;
+            a.kept.assign(descriptor->payload + sizeof(announcement),
+                          descriptor->payload + sizeof(announcement) + now);
+            endpoint_.release(peer, lane_);
+            moved = true;
+        }
+        settle(peer, a);
+        if (!a.matched && !a.unexpected) {
+            if (!wanted) return moved;
+            a.unexpected = true;  // somebody waits for what is behind this message
+            a.moved = a.kept.size();
+            a.kept.resize(a.bytes);
+        }
+        while (a.moved < a.bytes) {
+            const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
+            if (!descriptor) return moved;
+            uint8_t* to = a.matched ? a.receive.data : a.kept.data();
+            std::memcpy(to + a.moved, endpoint_.payload(peer, *descriptor), descriptor->length);
+            a.moved += descriptor->length;
+            endpoint_.release(peer, lane_);
+            moved = true;
+        }
+        finish(peer, a);
+        moved = true;
+    }
+}
+
+// Looks for the receive that an open message belongs to, as long as its bytes have nowhere to go.
+void Mailbox::settle(uint32_t peer, Arriving& a) {
+    if (a.matched || a.unexpected) return;
+    auto found = std::find_if(receiving_.begin(), receiving_.end(),
+                              [&](const Receiving& r) { return r.accepts(peer, a.tag); });
+    if (found == receiving_.end()) return;
+    check_length(*found, peer, a.bytes);
+    a.receive = *found;
+    receiving_.erase(found);
+    a.matched = true;
+    if (!a.kept.empty()) std::memcpy(a.receive.data, a.kept.data(), a.kept.size());
+    a.moved = a.kept.size();
+}
+
+void Mailbox::finish(uint32_t peer, Arriving& a) {
+    a.open = false;
+    if (a.unexpected) {
+        auto found = std::find_if(receiving_.begin(), receiving_.end(),
+                                  [&](const Receiving& r) { return r.accepts(peer, a.tag); });
+        if (found == receiving_.end()) {
+            unexpected_.push_back({peer, a.tag, std::move(a.kept)});
+            a.kept.clear();
+            return;
+        }
+        check_length(*found, peer, a.bytes);
+        if (a.bytes) std::memcpy(found->data, a.kept.data(), a.bytes);
+        a.receive = *found;
+        receiving_.erase(found);
+    }
+    a.matched = false;
+    a.kept.clear();
+    a.receive.work->source = peer;
+    a.receive.work->succeed();
+    a.receive.work.reset();
+}
+
+void Mailbox::check() {
+    endpoint_.check_abort();
+    const uint32_t size = endpoint_.geometry().size;
+    for (uint32_t peer = 0; peer < size; ++peer) {
+        if (peer == endpoint_.rank() || !endpoint_.gone(peer)) continue;
+        std::lock_guard<std::mutex> lock(mutex_);
+        progress_receives(peer);  // what it sent before it went
+        if (!sending_[peer].empty()) endpoint_.lost(peer, "a send to it");
+        const bool awaited = std::any_of(receiving_.begin(), receiving_.end(), [&](const Receiving& r) {
+            return r.source != any_source && r.from(peer);
+        });
+        if (awaited || arriving_[peer].matched) endpoint_.lost(peer, "a receive from it");
+    }
+}
+
+void Mailbox::fail(std::exception_ptr error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& queue : sending_) {
+        for (Sending& s : queue) s.work->fail(error);
+        queue.clear();
+    }
+    for (Receiving& r : receiving_) r.work->fail(error);
+    receiving_.clear();
+    for (Arriving& a : arriving_)
+        if (a.matched && a.receive.work) {
+            a.receive.work->fail(error);
+            a.matched = false;
+        }
+}
+
+std::string Mailbox::blame() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const std::string self = "rank " + std::to_string(endpoint_.rank());
+    for (const Arriving& a : arriving_)
+        if (a.matched)
+            return "recv: " + self + " waits for the rest of " + std::to_string(a.bytes) + " bytes from rank " +
+                   std::to_string(&a - arriving_.data()) + " (" + std::to_string(a.moved) + " have come)";
+    for (const Receiving& r : receiving_)
+        return "recv: " + self + " waits for " + std::to_string(r.bytes) + " bytes from " +
+               (r.source == any_source ? std::string("any rank") : "rank " + std::to_string(r.source)) +
+               (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made";
+    for (uint32_t peer = 0; peer < sending_.size(); ++peer)
+        if (!sending_[peer].empty())
+            return "send: " + self + " waits for rank " + std::to_string(peer) + " to receive " +
+                   std::to_string(sending_[peer].front().bytes) + " bytes with tag " +
+                   std::to_string(sending_[peer].front().tag);
+    return "send/recv: nothing is waited for";
+}
+
+}  // namespace abccl

@@ -1,0 +1,89 @@
+// The user's sends and receives: a channel of their own per pair of ranks, matched by (source, tag) in order, so
+// that an unread message never blocks a collective.
+#pragma once
+
+#include <deque>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "endpoint.hpp"
+#include "work.hpp"
+
+namespace abccl {
+
+constexpr int32_t any_source = -1;
+constexpr int64_t any_tag = INT64_MIN;
+
+class Mailbox {
+  public:
+    explicit Mailbox(Endpoint& endpoint);
+
+    // The bytes must stay as they are until the work is finished.
+    std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes);
+    // Receives exactly `bytes` bytes; a matching message of another length is a Mismatch.
+    std::shared_ptr<Work> post_receive(int32_t source, int64_t tag, void* data, size_t bytes);
+
+    // Moves what can be moved without waiting. Any thread may call it. Done: nothing is pending.
+    Outcome progress();
+    // Throws if what is pending can not end: aborted, or a peer gone.
+    void check();
+    // Fails all that is pending.
+    void fail(std::exception_ptr error);
+    std::string blame();
+
+  private:
+    struct Sending {
+        std::shared_ptr<Work> work;
+        int64_t tag;
+        const uint8_t* data;
+        size_t bytes;
+        size_t moved;
+        bool announced;
+    };
+    struct Receiving {
+        std::shared_ptr<Work> work;
+        int32_t source;
+        int64_t tag;
+        uint8_t* data;
+        size_t bytes;
+        bool accepts(uint32_t peer, int64_t message_tag) const {
+            return from(peer) && (tag == any_tag || tag == message_tag);
+        }
+        bool from(uint32_t peer) const { return source == any_source || static_cast<uint32_t>(source) == peer; }
+    };
+    // The first message of a channel that is not yet wholly here.
+    struct Arriving {
+        bool open = false;
+        int64_t tag = 0;
+        size_t bytes = 0;
+        size_t moved = 0;
+        bool matched = false;    // into the user's buffer
+        bool unexpected = false; // into `kept`
+        Receiving receive{};
+        std::vector<uint8_t> kept;  // the bytes that came before it was known where they go
+    };
+    struct Unexpected {
+        uint32_t peer;
+        int64_t tag;
+        std::vector<uint8_t> bytes;
+    };
+
+    bool progress_sends(uint32_t peer);
+    bool progress_receives(uint32_t peer);
+    void settle(uint32_t peer, Arriving& arriving);
+    void take(uint32_t peer, Arriving& arriving, const uint8_t* data, size_t bytes);
+    void finish(uint32_t peer, Arriving& arriving);
+    void check_length(const Receiving& receive, uint32_t peer, size_t bytes);
+
+    Endpoint& endpoint_;
+    uint32_t lane_;
+    std::mutex mutex_;
+    std::vector<std::deque<Sending>> sending_;  // by peer
+    std::deque<Receiving> receiving_;           // in the order posted
+    std::vector<Arriving> arriving_;            // by peer
+    std::list<Unexpected> unexpected_;          // in the order arrived
+};
+
+}  // namespace abccl

@@ -1,0 +1,77 @@
+// A plan as the native engine runs it: the table of algorithms/plan.py, parsed and checked once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "types.hpp"
+
+namespace abccl {
+
+enum class Instruction : int32_t { send, recv, fold, copy, scale, release };
+enum class Place : int32_t { input, output, scratch, message };
+
+struct Operand {
+    Place place;
+    int32_t block;
+    int32_t index;  // scratch slot, or register
+    int32_t part;   // of a message
+};
+
+struct Row {
+    Instruction instruction;
+    uint32_t tag;            // send, recv
+    uint32_t first, count;   // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources)
+    uint32_t peers, readers; // send: first of its peers, and how many; recv: the peer, and 1
+    int32_t reg;             // recv: the register that it fills
+    Operand destination;     // fold, copy, scale
+};
+
+struct Extent {
+    int64_t count, input, output;  // elements; an offset of -1 means that the block is not in that buffer
+};
+
+struct PlanParameters {
+    std::vector<int32_t> code;
+    std::vector<int64_t> table;
+    int32_t size, rank;
+    int64_t input_count, output_count;  // elements of the user's buffers
+    int32_t scratch, registers;
+    int64_t segment, segments;
+    int32_t lanes;
+    Type type;
+    Op op;
+    double factor;
+    uint32_t signature;
+    std::string text;
+    std::vector<std::string> names;  // of blocks
+};
+
+class Plan {
+  public:
+    // Throws Failure(argument) if the table would make the engine touch memory outside the buffers.
+    Plan(PlanParameters parameters, uint32_t lanes_available, size_t slot_bytes);
+
+    int64_t elements(int32_t block, int64_t segment) const {
+        const int64_t left = extents[static_cast<size_t>(block)].count - segment * parameters.segment;
+        return left <= 0 ? 0 : left < parameters.segment ? left : parameters.segment;
+    }
+    size_t scratch_bytes() const {
+        return static_cast<size_t>(parameters.lanes) * static_cast<size_t>(parameters.scratch) *
+               static_cast<size_t>(parameters.segment) * itemsize;
+    }
+    // Number of the schedule's step that a row belongs to.
+    int step_of(size_t row) const;
+    std::string blocks_of(size_t row) const;
+
+    PlanParameters parameters;
+    size_t itemsize;
+    std::vector<Row> rows;
+    std::vector<Operand> operands;
+    std::vector<uint32_t> peers;
+    std::vector<Extent> extents;
+    size_t max_parts = 1;
+};
+
+}  // namespace abccl

@@ -1,0 +1,112 @@
+#include "region.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "failure.hpp"
+
+namespace abccl {
+namespace {
+
+std::mutex created_mutex;
+
+// Regions that this process created, by file descriptor.
+std::map<int, std::weak_ptr<Region>>& created() {
+    static auto* regions = new std::map<int, std::weak_ptr<Region>>();
+    return *regions;
+}
+
+[[noreturn]] void refuse(const std::string& what) {
+    throw Failure(Kind::transport, "shared memory: " + what + ": " + std::strerror(errno));
+}
+
+void check_size(int fd, size_t bytes, const std::string& what) {
+    struct stat status;
+    if (fstat(fd, &status) != 0 || static_cast<size_t>(status.st_size) != bytes) {
+        close(fd);
+        throw Failure(Kind::transport, "shared memory: " + what + " is not the peer's memory: its size differs");
+    }
+}
+
+}  // namespace
+
+Region::Region(int fd, size_t bytes, std::string name) : fd_(fd), bytes_(bytes), name_(std::move(name)) {
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (address == MAP_FAILED) {
+        close(fd);
+        refuse("cannot map " + std::to_string(bytes) + " bytes");
+    }
+    base_ = static_cast<uint8_t*>(address);
+}
+
+Region::~Region() {
+    munmap(base_, bytes_);
+    {
+        std::lock_guard<std::mutex> lock(created_mutex);
+        auto found = created().find(fd_);
+        if (found != created().end() && found->second.expired()) created().erase(found);
+    }
+    close(fd_);
+    unlink_name();
+}
+
+void Region::unlink_name() {
+    if (!name_.empty()) shm_unlink(name_.c_str());
+    name_.clear();
+}
+
+std::shared_ptr<Region> Region::create(size_t bytes) {
+    int fd = memfd_create("abccl", MFD_CLOEXEC);
+    if (fd < 0) refuse("memfd_create");
+    if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+        close(fd);
+        refuse("cannot reserve " + std::to_string(bytes) + " bytes");
+    }
+    std::shared_ptr<Region> region(new Region(fd, bytes, ""));
+    std::lock_guard<std::mutex> lock(created_mutex);
+    created()[fd] = region;
+    return region;
+}
+
+std::shared_ptr<Region> Region::create_named(size_t bytes, const std::string& name) {
+    int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0) refuse("shm_open " + name);
+    if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+        close(fd);
+        shm_unlink(name.c_str());
+        refuse("cannot reserve " + std::to_string(bytes) + " bytes");
+    }
+    return std::shared_ptr<Region>(new Region(fd, bytes, name));
+}
+
+std::shared_ptr<Region> Region::attach(int pid, int fd, size_t bytes) {
+    if (pid == getpid()) {
+        std::lock_guard<std::mutex> lock(created_mutex);
+        auto found = created().find(fd);
+        std::shared_ptr<Region> region = found == created().end() ? nullptr : found->second.lock();
+        if (!region || region->bytes() != bytes)
+            throw Failure(Kind::transport, "shared memory: this process has no region " + std::to_string(fd));
+        return region;
+    }
+    std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
+    int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (own < 0) refuse("cannot open " + path);
+    check_size(own, bytes, path);
+    return std::shared_ptr<Region>(new Region(own, bytes, ""));
+}
+
+std::shared_ptr<Region> Region::attach_named(const std::string& name, size_t bytes) {
+    int fd = shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0) refuse("cannot open " + name);
+    check_size(fd, bytes, name);
+    return std::shared_ptr<Region>(new Region(fd, bytes, ""));
+}
+
+}  // namespace abccl
