@@ -1,1 +1,65 @@
-"""abccl: a collective communication library with pluggable algorithms."""
+"""abccl: a collective communication library with pluggable algorithms.
+
+Communicate: `init`, `spawn`, `Communicator`. Write an algorithm: `algorithm`, `send`, `recv`; prove it: `replay`.
+"""
+
+from abccl.algorithms import (
+    Collective,
+    algorithm,
+    at_least,
+    mirror,
+    per_rank,
+    power_of_two,
+    recv,
+    relabel,
+    replay,
+    send,
+)
+from abccl.collectives import Communicator, Work, init, premul_sum, spawn
+from abccl.errors import (
+    AbcclError,
+    Aborted,
+    ArgumentError,
+    ClosedError,
+    CollectiveError,
+    DeadlineExceeded,
+    Mismatch,
+    PeerLost,
+    RankFailed,
+    ScheduleError,
+    TransportError,
+    UnknownAlgorithm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AbcclError",
+    "Aborted",
+    "ArgumentError",
+    "ClosedError",
+    "Collective",
+    "CollectiveError",
+    "Communicator",
+    "DeadlineExceeded",
+    "Mismatch",
+    "PeerLost",
+    "RankFailed",
+    "ScheduleError",
+    "TransportError",
+    "UnknownAlgorithm",
+    "Work",
+    "__version__",
+    "algorithm",
+    "at_least",
+    "init",
+    "mirror",
+    "per_rank",
+    "power_of_two",
+    "premul_sum",
+    "recv",
+    "relabel",
+    "replay",
+    "send",
+    "spawn",
+]

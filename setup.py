@@ -72,8 +72,7 @@ def main() -> None:
                 "abccl": ["py.typed"],
                 **{f"abccl.{room}": ["*.json", "*.toml", "*.cu", "*.cuh", "*.pyi"] for room in rooms},
             },
-            # With it the files of MANIFEST.in, tests and all, would count as data of the root package.
-            include_package_data=False,
+            include_package_data=False,  # MANIFEST.in is for source archives; package_data alone says what is packed
             ext_modules=extensions(),
             cmdclass={"build_py": BuildPy},
             long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",

@@ -6,3 +6,33 @@ from .cost import Link, check_counts, counts, measured
 from .registry import Algorithm, Counts, Restriction, algorithm, algorithms, at_least, lookup, per_rank, power_of_two
 from .replay import Replay, replay
 from .schedule import Message, Program, Recv, Send, Step, mirror, recv, relabel, send, steps
+
+__all__ = [
+    "Algorithm",
+    "Block",
+    "Collective",
+    "Counts",
+    "Link",
+    "Message",
+    "Program",
+    "Recv",
+    "Replay",
+    "Restriction",
+    "Send",
+    "Step",
+    "algorithm",
+    "algorithms",
+    "at_least",
+    "check_counts",
+    "counts",
+    "lookup",
+    "measured",
+    "mirror",
+    "per_rank",
+    "power_of_two",
+    "recv",
+    "relabel",
+    "replay",
+    "send",
+    "steps",
+]

@@ -139,7 +139,7 @@ class _Run:
 
     def fail(self, what: str) -> NoReturn:
         root = f", root {self.root}" if self.root else ""
-        raise ScheduleError(f"{self.collective.value} {self.algorithm.name}, {self.size} ranks{root}: {what}")
+        raise ScheduleError(f"{self.collective.value} {self.algorithm.name}, {_count(self.size, 'rank')}{root}: {what}")
 
     # Each step by itself.
 
@@ -151,7 +151,10 @@ class _Run:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(last.filename).name}, line {last.lineno}"
-            self.fail(f"the program of rank {rank} raised {type(error).__name__}: {error} ({where})")
+            self.fail(
+                f"the program of rank {rank} raised {type(error).__name__}: {error} ({where}); "
+                "it must yield messages, or tuples of them"
+            )
 
     def _check_step(self, rank: int, number: int, step: Step) -> None:
         here = f"rank {rank}, step {number + 1}"
@@ -188,7 +191,9 @@ class _Run:
         blocks, rank, number, m = max(sends, key=lambda found: found[0], default=(1, 0, 0, None))
         if max(1, blocks) != declared:
             where = f"rank {rank}, step {number + 1}: {_say(m)}" if m else "there is no message"
-            self.fail(f"the largest message has {max(1, blocks)} blocks, declared are largest={declared} ({where})")
+            self.fail(
+                f"the largest message has {_count(max(1, blocks), 'block')}, declared is largest={declared} ({where})"
+            )
 
     # All ranks together, a send waiting for its receive.
 
@@ -414,6 +419,10 @@ def _names(blocks: Sequence[Block]) -> str:
         return "an empty message"
     shown = ", ".join(map(str, blocks[:6])) + (", ..." if len(blocks) > 6 else "")
     return f"block{'s' if len(blocks) > 1 else ''} {shown}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..errors import AbcclError, ArgumentError, DeadlineExceeded, TransportError
+from ..errors import DeadlineExceeded, TransportError
 
 TIMEOUT = 300.0
 """Seconds that an exchange waits for all ranks, unless told otherwise."""
@@ -172,9 +172,9 @@ def find(environment: Mapping[str, str] | None = None, timeout: float = TIMEOUT)
     if "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:
         return _mpirun("MPICH", "PMI_SIZE", environment, timeout)
     managed = "PMI_RANK" in environment or "PMIX_RANK" in environment
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        if not managed or importlib.util.find_spec("torch"):
-            return _slurm(environment, timeout)
+    step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    if step and (not managed or importlib.util.find_spec("torch")):
+        return _slurm(environment, timeout)
     if managed:
         return _mpirun("PMI", "PMI_SIZE", environment, timeout)
     return Alone()

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 GRACE = 0.5
 """Seconds that the other ranks have to end by themselves after one failed, and again after they were told to."""
+
+EXIT = 10.0
+"""Seconds that a rank may take to end after it returned."""
 
 _STARTED, _EXCHANGE, _RETURNED, _FAILED, _PEER_FAILED, _LOST = (bytes([number]) for number in range(6))
 
@@ -39,7 +42,7 @@ def spawn(
     timeout: float | None = None,
     start_method: str = "spawn",
 ) -> list[T]:
-    """Run fn(*args) in each of `ranks` new processes, in which `abccl.init()` joins them. Return their results in order.
+    """Run fn(*args) in `ranks` new processes, in which `abccl.init()` joins them, and return their results in order.
 
     If a rank fails the others are ended, at once if need be; so they are on Ctrl-C and when the parent dies. With more
     than one rank, children that are not told otherwise use one thread each (OMP_NUM_THREADS=1), as torchrun does.
@@ -67,7 +70,7 @@ def spawn(
     try:
         family.start(fn, tuple(args), start_method)
         family.run(timeout)
-        return [pickle.loads(result) for result in family.results.values()]
+        return [pickle.loads(result) for _, result in sorted(family.results.items())]
     finally:
         family.end()
 
@@ -112,13 +115,16 @@ class _Family:
             RankFailed: as `spawn`.
             DeadlineExceeded: as `spawn`.
         """
-        while len(self.ended) < self.size and not self.failures:
+        while len(self.results) < self.size and not self.failures:
             if not self._serve(self.deadline):
                 late = sorted(set(range(self.size)) - self.results.keys())
                 raise DeadlineExceeded(
                     f"spawn: {_ranks(late)} of {self.size} had not returned after {timeout:g} s, and were ended: give "
                     f"a longer timeout, or find what they wait for"
                 )
+        until = time.monotonic() + EXIT
+        while len(self.ended) < self.size and not self.failures and self._serve(until):
+            pass
         if self.failures:
             # The first to report is often not the first to fail: it lost its peer. Hear the others.
             until = time.monotonic() + GRACE
@@ -128,10 +134,10 @@ class _Family:
 
     def end(self) -> None:
         """Leave no process and no pipe behind, whatever happened."""
-        for act in (lambda process: process.terminate(), lambda process: process.kill()):
+        for act in ("terminate", "kill"):
             alive = [process for process in self.processes if process.is_alive()]
             for process in alive:
-                act(process)
+                getattr(process, act)()
             until = time.monotonic() + GRACE
             for process in alive:
                 process.join(max(0.0, until - time.monotonic()))
@@ -208,10 +214,8 @@ class _Family:
         else:
             return
         for rank in self.blobs:
-            try:
+            with suppress(OSError):  # it has just ended: its sentinel will tell
                 self.pipes[rank].send_bytes(reply)
-            except OSError:  # it has just ended: its sentinel will tell
-                pass
         self.blobs = {}
 
     def _report(self) -> str:
@@ -284,11 +288,13 @@ def _pickled(result: Any, rank: int) -> bytes:
 
 
 def _check_importable(fn: Callable[..., Any]) -> None:
-    main = sys.modules.get("__main__")
-    if getattr(fn, "__module__", None) == "__main__" and not getattr(main, "__file__", None):
+    main = sys.modules["__main__"]
+    has_file = getattr(main, "__spec__", None) or os.path.isfile(getattr(main, "__file__", ""))
+    if getattr(fn, "__module__", None) == "__main__" and not has_file:
+        name = getattr(fn, "__qualname__", fn)
         raise ArgumentError(
-            f"a new process can not import {getattr(fn, '__qualname__', fn)!r}, because the program that defines it has "
-            f"no file: put it into a module, or give start_method='fork'"
+            f"a new process can not import {name!r}: the program that defines it has no file. "
+            f"Put it into a module, or give start_method='fork'"
         )
 
 

@@ -44,7 +44,7 @@ PUBLIC_NAMES = {
     "recv",
     "relabel",
     "send",
-    "verify",
+    "replay",
     # the rest
     "__version__",
 }

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 import click
 
-from ..algorithms import Block, Collective, Replay
+from ..algorithms import Block, Replay
 from ..algorithms.replay import Transfer
-from .arguments import ranges, replayed, schedule_arguments
+from .arguments import replayed, schedule_arguments
 from .frames import Cell, Row, frames, letters, rows, summary
 
-FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
 INK, FAINT, LINE = "#22303c", "#8a97a3", "#ccd5dd"
-FOLD, COPY = "#c2571a", "#3d6fa5"
+COLOURS = {"fold": "#c2571a", "copy": "#3d6fa5"}
 PALE, DEEP, DONE = (236, 242, 250), (122, 170, 222), "#3f9b63"
 
-MARGIN, GUTTER, HEAD, FOOT = 24, 64, 76, 44
-CELL, LABEL_SIZE, TEXT_SIZE = 20, 10.5, 11
+MARGIN, GUTTER, HEAD, FOOT = 24, 62, 78, 56
+CELL, BETWEEN = 20, 24
 
 
 @click.command()
@@ -45,39 +44,159 @@ class Layout(NamedTuple):
 
     rows: list[Row]
     box: float
-    gap_across: float
-    gap_down: float
+    gap: float
 
     def x(self, rank: int) -> float:
         """The left edge of a rank's boxes."""
-        return MARGIN + GUTTER + self.label_width + rank * (self.box + self.gap_across)
+        return MARGIN + GUTTER + 6.5 * max(len(row.label) for row in self.rows) + rank * (self.box + BETWEEN)
 
     def y(self, time: int) -> float:
         """The upper edge of the boxes of that time."""
-        return HEAD + 24 + time * (self.height + self.gap_down)
+        return HEAD + time * (self.height + self.gap)
 
     @property
     def height(self) -> float:
+        """The height of a rank's boxes at one time."""
         return CELL * len(self.rows)
-
-    @property
-    def label_width(self) -> float:
-        return max(10, 6.5 * max(len(row.label) for row in self.rows)) + 6
 
 
 def picture(run: Replay) -> str:
     """The picture as the text of an SVG file."""
     cells = frames(run)
-    text = max((len(cell.text) for frame in cells for row in frame for cell in row), default=1)
-    layout = Layout(rows(run), max(64, 6.6 * text + 14), 26, _gap(run))
-    width = max(layout.x(run.size) + MARGIN, 560)
+    longest = max(len(cell.text) for frame in cells for row in frame for cell in row)
+    crowd = Counter((t.destination, run.ends[t.destination][t.destination_step]) for t in run.transfers)
+    layout = Layout(rows(run), max(64, 7.4 * longest + 18), min(140, 52 + 5 * max(crowd.values(), default=0)))
+    width = max(layout.x(run.size) - BETWEEN + MARGIN, 660)
     height = layout.y(run.steps) + layout.height + FOOT
-    body = "\n".join((*_background(run, layout), *_arrows(run, layout), *_boxes(run, layout, cells), *_labels(run, layout)))
-    legend = "\n".join(_legend(run, height - 18))
+    parts = [*_axes(run, layout), *_arrows(run, layout), *_boxes(layout, cells), *_legend(MARGIN, height - 20)]
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width:.0f}' height='{height:.0f}' "
-        f"viewBox='0 0 {width:.0f} {height:.0f}' {FONT}>\n"
-        f"<title>{escape(summary(run))}</title>\n"
-        f"<defs>{_head('fold', FOLD)}{_head('copy', COPY)}</defs>\n"
-        f"<rect width='100%' height='100%' fill='white'/>\n{body}\n{legend}\n</svg>\n"
+        f"viewBox='0 0 {width:.0f} {height:.0f}' font-family='Helvetica, Arial, DejaVu Sans, sans-serif'>\n"
+        f"<defs>{_tip('fold')}{_tip('copy')}</defs>\n"
+        f"<rect width='100%' height='100%' fill='white'/>\n"
+        f"{_text(MARGIN, 28, summary(run), size=15, anchor='start', weight='bold')}\n" + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _axes(run: Replay, layout: Layout) -> Iterator[str]:
+    """Names of ranks, times and rows."""
+    for rank in range(run.size):
+        root = " (root)" if run.algorithm.collective.rooted and rank == run.root else ""
+        yield _text(layout.x(rank) + layout.box / 2, HEAD - 12, f"rank {rank}{root}", size=12, weight="bold")
+    for time in range(run.steps + 1):
+        middle = layout.y(time) + layout.height / 2 + 4
+        yield _text(MARGIN, middle, f"step {time}" if time else "start", size=12, anchor="start", weight="bold")
+        if len(layout.rows) > 1:
+            for index, row in enumerate(layout.rows):
+                y = layout.y(time) + CELL * (index + 0.5) + 4
+                yield _text(layout.x(0) - 7, y, row.label, size=10.5, anchor="end", colour=FAINT)
+
+
+def _boxes(layout: Layout, cells: list[list[list[Cell]]]) -> Iterator[str]:
+    """What each rank holds; what is new stands out."""
+    for time, frame in enumerate(cells):
+        for index, row in enumerate(frame):
+            for rank, cell in enumerate(row):
+                x, y = layout.x(rank), layout.y(time) + CELL * index
+                fresh = cell.new or time == 0
+                fill = _shade(cell.part)
+                yield (
+                    f"<rect x='{x:.1f}' y='{y:.1f}' width='{layout.box:.1f}' height='{CELL}' fill='{fill}' "
+                    f"stroke='{LINE}'/>"
+                )
+                if cell.new:
+                    yield f"<rect x='{x:.1f}' y='{y + 1:.1f}' width='3' height='{CELL - 2}' fill='{INK}'/>"
+                ink = "white" if cell.part == 1 else INK
+                weight = "bold" if cell.new else "normal"
+                opacity = 1 if fresh else 0.75
+                if cell.text:
+                    middle = x + layout.box / 2
+                    yield _text(middle, y + CELL / 2 + 4, cell.text, 11, weight=weight, colour=ink, opacity=opacity)
+
+
+def _arrows(run: Replay, layout: Layout) -> Iterator[str]:
+    """The messages; those that meet at a box are spread over its width, in the order of where they come from."""
+    leaving, arriving = defaultdict(list), defaultdict(list)
+    for t in run.transfers:
+        leaving[t.source, run.starts[t.source][t.source_step]].append(t)
+        arriving[t.destination, run.ends[t.destination][t.destination_step]].append(t)
+    from_x = {id(t): x for (rank, _), group in leaving.items() for t, x in _spread(group, rank, "destination", layout)}
+    to_x = {id(t): x for (rank, _), group in arriving.items() for t, x in _spread(group, rank, "source", layout)}
+    labels = []
+    for t in run.transfers:
+        kind = "fold" if t.reduce else "copy"
+        x1, y1 = from_x[id(t)], layout.y(run.starts[t.source][t.source_step]) + layout.height
+        x2, y2 = to_x[id(t)], layout.y(run.ends[t.destination][t.destination_step]) - 3
+        bend = (y2 - y1) * 0.35
+        yield (
+            f"<path d='M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}' "
+            f"fill='none' stroke='{COLOURS[kind]}' stroke-width='1.6' marker-end='url(#{kind})'/>"
+        )
+        labels.append((x2, y2 - 16, _cargo(t.blocks), COLOURS[kind]))
+    for x, y, label, colour in labels if len(layout.rows) > 1 else []:
+        half = 3.2 * len(label) + 4
+        yield f"<rect x='{x - half:.1f}' y='{y - 8:.1f}' width='{2 * half:.1f}' height='13' rx='6' fill='white'/>"
+        yield _text(x, y + 2.5, label, size=10, colour=colour, weight="bold")
+
+
+def _spread(group: list[Transfer], rank: int, by: str, layout: Layout) -> Iterator[tuple[Transfer, float]]:
+    for index, t in enumerate(sorted(group, key=lambda t: (getattr(t, by), t.blocks[:1]))):
+        yield t, layout.x(rank) + layout.box * (index + 1) / (len(group) + 1)
+
+
+def _cargo(blocks: Sequence[Block]) -> str:
+    """The blocks of a message in few characters."""
+    pairs = [block for block in blocks if isinstance(block, tuple)]
+    numbers = sorted(block for block in blocks if isinstance(block, int))
+    if len(blocks) > 2 and (pairs or numbers[-1] - numbers[0] >= len(numbers)):
+        return f"{len(blocks)} blocks"
+    if pairs:
+        return ", ".join(f"{source}→{destination}" for source, destination in pairs)
+    if len(numbers) > 2:
+        return f"{letters(numbers[0])}-{letters(numbers[-1])}"
+    return ", ".join(map(letters, numbers))
+
+
+def _legend(x: float, y: float) -> Iterator[str]:
+    for kind, meaning in (("fold", "message, folded in"), ("copy", "message, copied")):
+        yield (
+            f"<path d='M{x:.1f} {y - 4:.1f}h26' stroke='{COLOURS[kind]}' stroke-width='1.6' marker-end='url(#{kind})'/>"
+        )
+        yield _text(x + 36, y, meaning, size=11, anchor="start")
+        x += 165
+    for part, meaning in ((0.1, "begun"), (0.9, "nearly there"), (1.0, "complete")):
+        yield f"<rect x='{x:.1f}' y='{y - 12:.1f}' width='22' height='15' fill='{_shade(part)}' stroke='{LINE}'/>"
+        yield _text(x + 29, y, meaning, size=11, anchor="start")
+        x += 45 + 6 * len(meaning)
+
+
+def _tip(kind: str) -> str:
+    return (
+        f"<marker id='{kind}' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' markerHeight='8' "
+        f"markerUnits='userSpaceOnUse' orient='auto'><path d='M0 0L8 4L0 8z' fill='{COLOURS[kind]}'/></marker>"
+    )
+
+
+def _shade(part: float) -> str:
+    """From white (nothing) over ever deeper blue to green (all)."""
+    if part in (0, 1):
+        return DONE if part else "white"
+    return "#" + "".join(f"{round(pale + (deep - pale) * part):02x}" for pale, deep in zip(PALE, DEEP))
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    size: float,
+    *,
+    anchor: str = "middle",
+    weight: str = "normal",
+    colour: str = INK,
+    opacity: float = 1,
+) -> str:
+    faded = f" opacity='{opacity}'" if opacity < 1 else ""
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' font-weight='{weight}' "
+        f"fill='{colour}'{faded}>{escape(text)}</text>"
     )

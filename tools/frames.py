@@ -89,5 +89,5 @@ def summary(run: Replay) -> str:
     root = f", root {run.root}" if a.collective.rooted else ""
     folded = f", {counts.folded} folded" if a.collective.reduces else ""
     whole = "send buffer" if a.collective is Collective.ALL_TO_ALL else "vector"
-    steps = f"{counts.steps} step{'s' if counts.steps != 1 else ''}"
+    steps = f"{counts.steps} step{'' if counts.steps == 1 else 's'}"
     return f"{a.collective.value} {a.name}, {run.size} ranks{root}: {steps}, {counts.sent} of the {whole} sent{folded}"

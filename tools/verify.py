@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..algorithms import Algorithm, Collective, algorithms, check_counts, lookup, replay
 from ..errors import ArgumentError, ScheduleError
-from .arguments import load, rank_numbers, ranges, to_collective
+from .arguments import load, ranges, rank_numbers, to_collective
 
 ROOTS = 18
 
@@ -21,7 +21,9 @@ ROOTS = 18
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--collective", "collectives", multiple=True, metavar="NAME", help="Only this collective (repeatable).")
 @click.option("--algorithm", "names", multiple=True, metavar="NAME", help="Only this algorithm (repeatable).")
-@click.option("--ranks", type=rank_numbers, metavar="NUMBERS", default="1-40,64", show_default=True, help="The numbers of ranks.")
+@click.option(
+    "--ranks", type=rank_numbers, metavar="NUMBERS", default="1-40,64", show_default=True, help="The numbers of ranks."
+)
 def verify(file: Path | None, collectives: tuple[str, ...], names: tuple[str, ...], ranks: list[int]) -> None:
     """Prove that schedules are right, for many numbers of ranks.
 

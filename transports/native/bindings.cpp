@@ -53,18 +53,25 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
     return std::make_shared<Plan>(std::move(parameters), geometry.lanes, geometry.slot_bytes);
 }
 
-// Waits for a work; false at the timeout. Sends and receives are progressed by their waiter.
-bool wait(PendingWork& pending, py::object timeout) {
+// Waits for a work; false at the timeout (seconds; None waits as long as the operation's own deadline allows).
+bool finishes_within(PendingWork& pending, py::object timeout) {
     const Deadline deadline =
         timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
     bool finished;
     {
         py::gil_scoped_release release;
         finished = pending.work->wait(deadline);
-        if (finished) pending.work->check();
     }
-    if (finished) pending.buffers = py::none();
-    return finished;
+    if (!finished) return false;
+    pending.buffers = py::none();
+    pending.work->check();
+    return true;
+}
+
+void wait(PendingWork& pending, py::object timeout) {
+    if (!finishes_within(pending, timeout))
+        throw Failure(Kind::deadline, "Work.wait: not finished after " + py::str(timeout).cast<std::string>() +
+                                          " s; it goes on, wait again or abort the communicator");
 }
 
 std::shared_ptr<PendingWork> message(const std::shared_ptr<Communicator>& communicator, std::shared_ptr<Work> work,
@@ -140,7 +147,11 @@ PYBIND11_MODULE(_native, m) {
         m, "Work", "A handle on an asynchronous operation; its buffers stay alive until it is finished.")
         .def("is_completed", [](const PendingWork& pending) { return pending.work->finished(); },
              "Whether the operation is finished, well or not.")
-        .def("_wait", &wait, py::arg("timeout"))
+        .def("wait", &wait, py::arg("timeout") = py::none(),
+             "Wait until the operation is finished.\n\nRaises DeadlineExceeded after `timeout` seconds (the operation goes "
+             "on), or what the operation failed with.")
+        .def("finishes_within", &finishes_within, py::arg("timeout"),
+             "Like wait, and False instead of DeadlineExceeded.")
         .def_property_readonly("source", [](const PendingWork& pending) { return pending.work->source; });
 
     py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")

@@ -7,7 +7,7 @@
 
 #pragma GCC target("avx2,f16c")
 #define ABCCL_ISA avx2
-#define ABCCL_HALF_WIDTH 8
+#define ABCCL_F16C
 #include "fold_kernels.inc"
 
 namespace abccl {

@@ -5,9 +5,9 @@
 
 #include "fold_table.hpp"
 
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=256")
 #define ABCCL_ISA avx512
-#define ABCCL_HALF_WIDTH 16
+#define ABCCL_F16C
 #include "fold_kernels.inc"
 
 namespace abccl {

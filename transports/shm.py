@@ -1,0 +1,238 @@
+"""Shared memory: CPU ranks on one host. The native core runs whole plans without the GIL.
+
+Each rank owns one region of anonymous memory, which its peers open through its process entry; where that is not
+allowed, a named object of mode 0600 that is unlinked once all have it. Pages are touched only when used. Which ranks
+share a host is found by trying.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..algorithms.plan import Plan
+from ..errors import AbcclError, Aborted, DeadlineExceeded, Mismatch, PeerLost, TransportError
+from . import _native
+from .contract import Execution, Operation, Request, Transport
+
+Exchange = Callable[[bytes], list[bytes]]
+"""An all-gather of small blobs among the ranks, in rank order."""
+
+LANES = 4
+SLOTS = 4
+ARENA_BYTES = 8 << 20
+"""What the arenas of one rank may take together; only what is used is touched."""
+
+_KINDS: dict[type[Exception], int] = {DeadlineExceeded: 4, PeerLost: 5, Mismatch: 6, Aborted: 7}
+"""The native core's numbers of the errors that travel through an abort."""
+
+
+def slot_bytes(size: int) -> int:
+    """The slots shrink as ranks are added: a power of two from 32 to 128 KiB."""
+    slot = 128 << 10
+    while slot > 32 << 10 and slot * SLOTS * (LANES + 1) * size > ARENA_BYTES:
+        slot //= 2
+    return slot
+
+
+class ShmTransport(Transport):
+    """The ranks of one host through shared memory.
+
+    Args:
+        exchange: an all-gather of small blobs among the ranks; called the same number of times on each.
+
+    Raises:
+        TransportError: on all ranks, if any can not attach to another's memory; the message names them.
+    """
+
+    name = "shm"
+
+    def __init__(self, rank: int, size: int, exchange: Exchange) -> None:
+        self.rank, self.size = rank, size
+        self.lanes = LANES
+        self.slot_bytes = slot_bytes(size)
+        self.geometry = _native.Geometry(size, LANES, SLOTS, self.slot_bytes)
+        self._timeout = 365 * 86400.0
+        refusals = self._connect(exchange, named=False)
+        if refusals:
+            refusals = self._connect(exchange, named=True)
+        if refusals:
+            raise TransportError(
+                f"shm serves ranks of one host and one user, and of {size} ranks not all can attach to each other: "
+                + "; ".join(refusals[:3])
+            )
+        # More ranks than cores: whoever waits must let others run at once.
+        crowded = size > len(os.sched_getaffinity(0))
+        self.native.set_patience(*((50, 500) if crowded else (2000, 2000)))
+
+    def _connect(self, exchange: Exchange, named: bool) -> list[str]:
+        """Make and announce the own region, attach to all others; returns what went wrong anywhere."""
+        token = secrets.randbits(63) | 1
+        name = f"/abccl-{secrets.token_hex(8)}"
+        region = (
+            _native.Region.create_named(self.geometry.bytes, name)
+            if named
+            else _native.Region.create(self.geometry.bytes)
+        )
+        self.native = _native.Communicator(self.rank, self.geometry, region)
+        self.native.announce(token)
+        card = {"host": host_identity(), "pid": os.getpid(), "fd": region.fd, "name": name, "token": token}
+        refusal = ""
+        for peer, blob in enumerate(exchange(json.dumps(card).encode())):
+            if peer == self.rank or refusal:
+                continue
+            theirs = json.loads(blob)
+            if theirs["host"] != card["host"]:
+                refusal = f"rank {self.rank} and rank {peer} are on different hosts or in different containers"
+                continue
+            try:
+                memory = (
+                    _native.Region.attach_named(theirs["name"], self.geometry.bytes)
+                    if named
+                    else _native.Region.attach(theirs["pid"], theirs["fd"], self.geometry.bytes)
+                )
+                self.native.attach(peer, memory, theirs["token"])
+            except AbcclError as error:
+                refusal = f"rank {self.rank} to rank {peer}: {error}"
+        refusals = [text.decode() for text in exchange(refusal.encode()) if text]
+        region.unlink_name()
+        return refusals
+
+    def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
+        """The plan as the native engine runs it."""
+        skeleton = plan.skeleton
+        reach = plan.table[:, :1] + plan.table[:, 1:]
+        ends = np.where(plan.table[:, 1:] >= 0, reach, 0).max(axis=0, initial=0)
+        native = _native.Plan(
+            code=skeleton.code,
+            table=plan.table.reshape(-1),
+            rank=skeleton.rank,
+            size=skeleton.size,
+            input_count=int(ends[0]),
+            output_count=int(ends[1]),
+            scratch=skeleton.scratch,
+            registers=skeleton.registers,
+            segment=plan.segment,
+            segments=plan.segments,
+            lanes=plan.lanes,
+            type=operation.dtype,
+            op=operation.op,
+            factor=operation.factor,
+            signature=operation.signature,
+            text=operation.text,
+            names=[str(block) for block in skeleton.blocks],
+            communicator=self.native,
+        )
+        return ShmPlan(self, native)
+
+    def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
+        """See `Transport.post_send`."""
+        work = self.native.post_send(peer, tag, _address(data), data.nbytes, data, self._timeout, False)
+        return _Message(work, data.nbytes)
+
+    def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
+        """See `Transport.post_recv`."""
+        work = self.native.post_receive(peer, tag, _address(into), into.nbytes, into, self._timeout, False)
+        return _Message(work, into.nbytes)
+
+    def progress(self) -> None:
+        """See `Transport.progress`."""
+        self.native.progress_messages()
+
+    def abort(self, error: Exception) -> None:
+        """See `Transport.abort`."""
+        self.native.abort(next((n for kind, n in _KINDS.items() if isinstance(error, kind)), 7), str(error))
+
+    def close(self) -> None:
+        """See `Transport.close`. The memory goes when the last object that uses it does."""
+        self.native.close()
+
+
+class ShmPlan:
+    """A plan in the native engine; `native` is what the dispatcher runs."""
+
+    def __init__(self, transport: ShmTransport, native: Any) -> None:
+        self.transport, self.native = transport, native
+
+    def start(self, input: int, output: int) -> Execution:
+        """See `Prepared.start`: the process's progress thread runs it."""
+        work = self.transport.native.start(self.native, input, output, self.transport._timeout, None)
+        return _Run(self, work)
+
+
+class _Run:
+    def __init__(self, plan: ShmPlan, work: Any) -> None:
+        self._plan, self._work = plan, work
+
+    def progress(self) -> bool:
+        return bool(self._work.is_completed()) and self._finished(0.0)
+
+    def wait(self, deadline: float) -> None:
+        if not self._finished(max(0.0, deadline - time.monotonic())):
+            error = DeadlineExceeded(f"{self._plan.native.text}: rank {self._plan.transport.rank} waited in vain")
+            self.abort_with(error)
+            raise error
+
+    def abort(self, reason: str) -> None:
+        self.abort_with(Aborted(reason))
+
+    def abort_with(self, error: Exception) -> None:
+        self._plan.transport.abort(error)
+
+    def _finished(self, timeout: float) -> bool:
+        return bool(self._work.finishes_within(timeout))
+
+
+class _Message:
+    """A posted send or receive; done only once its transport has looked."""
+
+    def __init__(self, work: Any, wanted: int) -> None:
+        self._work, self.wanted, self.length = work, wanted, wanted
+
+    @property
+    def done(self) -> bool:
+        return bool(self._work.is_completed()) and bool(self._work.finishes_within(0.0))
+
+    @property
+    def source(self) -> int:
+        return int(self._work.source)
+
+
+def _address(data: memoryview) -> int:
+    return int(np.frombuffer(data, dtype=np.uint8).ctypes.data) if data.nbytes else 0
+
+
+def host_identity() -> str:
+    """What must be equal for two processes to be on one host: kernel, network and process namespaces, user.
+
+    Processes of different network namespaces can open each other's memory, and still are different hosts to all that
+    talks over a network.
+    """
+
+    def read(path: str) -> str:
+        try:
+            with open(path, encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            return "?"
+
+    def namespace(name: str) -> str:
+        try:
+            return os.readlink(f"/proc/self/ns/{name}")
+        except OSError:
+            return "?"
+
+    parts: Sequence[str] = (
+        read("/proc/sys/kernel/random/boot_id"),
+        namespace("net"),
+        namespace("pid"),
+        namespace("user"),
+        str(os.getuid()),
+    )
+    return " ".join(parts)
