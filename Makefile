@@ -19,7 +19,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check native-test sanitize clean
+.PHONY: help install demo test check format native-test sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -75,6 +75,11 @@ check: $(NATIVE) ## style, types, formatting, and that imports only point down
 	@$(if $(CPP_FILES),clang-format --dry-run --Werror $(CPP_FILES))
 	@echo "== floors"
 	@python -m pytest --quiet tests/test_layout.py
+
+format: $(INSTALLED) ## put all files into the format that check wants
+	@ruff check --quiet --fix --exit-zero --select I
+	@ruff format --quiet
+	@$(if $(CPP_FILES),clang-format -i $(CPP_FILES))
 
 MYPY_TARGETS = -m abccl $(foreach room,algorithms bench collectives cuda tools transports,\
 	$(if $(wildcard $(room)/*.py),-p abccl.$(room)))

@@ -172,7 +172,8 @@ class InprocTransport(Transport):
         box = min(filled, key=lambda messages: messages[0].order)
         message = box.popleft()
         fits = min(len(message.data), len(receive.data))
-        receive.data[:fits] = message.data[:fits]
+        if fits:
+            receive.data[:fits] = message.data[:fits]
         receive.source, receive.length, receive.matched = message.source, len(message.data), True
         message.post.matched = True
         self.group.tell(message.source)

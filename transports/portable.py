@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..algorithms.plan import Instruction, Operand, Place, Plan, Skeleton
-from ..algorithms.schedule import Recv, Send
 from ..errors import AbcclError, Aborted, DeadlineExceeded, Mismatch
 from .contract import Operation, Request, Transport
 
@@ -72,7 +71,7 @@ class Writing(NamedTuple):
 
 
 class Release(NamedTuple):
-    """The end of a step that receives."""
+    """The end of a step."""
 
 
 Decoded = Sending | Receiving | Writing | Release
@@ -181,7 +180,6 @@ class PortableExecution:
 
     def _fail(self, error: BaseException) -> None:
         rank, size = self.transport.rank, self.transport.size
-        self.running = []
         self.transport.abort(
             error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}")
         )
@@ -377,20 +375,8 @@ def _names(skeleton: Skeleton, blocks: Sequence[int]) -> str:
 
 
 def _step(prepared: PortablePlan, position: int) -> int:
-    """The schedule's step that an instruction is from. Lowering keeps the order of receives, and of sends to a peer."""
-    skeleton, wanted = prepared.plan.skeleton, prepared.program[position]
-    peer = wanted.peers[0] if isinstance(wanted, Sending) else None
-    before = sum(
-        (peer is None and isinstance(instruction, Receiving))
-        or (isinstance(instruction, Sending) and peer in instruction.peers)
-        for instruction in prepared.program[:position]
-    )
-    seen = 0
-    for step, messages in enumerate(skeleton.algorithm.program(skeleton.rank, skeleton.size, skeleton.root)):
-        seen += sum(isinstance(m, Recv) if peer is None else isinstance(m, Send) and m.peer == peer for m in messages)
-        if seen > before:
-            return step
-    return seen
+    """The schedule's step that an instruction is from."""
+    return sum(isinstance(instruction, Release) for instruction in prepared.program[:position])
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -2,6 +2,7 @@
 //
 // Build with the flags of the library, at least -ffp-contract=off, together with transports/native/fold*.cpp and
 // copy.cpp. Prints what failed and returns 1, or prints a summary.
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../../transports/native/copy.hpp"
@@ -81,21 +83,32 @@ T combine(Op op, T a, T b) {
     if constexpr (std::is_integral_v<T>) {
         const auto x = static_cast<unsigned __int128>(a), y = static_cast<unsigned __int128>(b);
         switch (op) {
-            case Op::sum: return T(x + y);
-            case Op::prod: return T(x * y);
-            case Op::min: return a < b ? a : b;
-            case Op::max: return a < b ? b : a;
-            case Op::band: return T(x & y);
-            case Op::bor: return T(x | y);
-            default: return T(x ^ y);
+            case Op::sum:
+                return T(x + y);
+            case Op::prod:
+                return T(x * y);
+            case Op::min:
+                return a < b ? a : b;
+            case Op::max:
+                return a < b ? b : a;
+            case Op::band:
+                return T(x & y);
+            case Op::bor:
+                return T(x | y);
+            default:
+                return T(x ^ y);
         }
     } else if constexpr (std::is_floating_point_v<T>) {
         if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<T>::quiet_NaN();
         switch (op) {
-            case Op::sum: return a + b;
-            case Op::prod: return a * b;
-            case Op::min: return std::fmin(a, b);
-            default: return std::fmax(a, b);
+            case Op::sum:
+                return a + b;
+            case Op::prod:
+                return a * b;
+            case Op::min:
+                return std::fmin(a, b);
+            default:
+                return std::fmax(a, b);
         }
     } else {
         if (op == Op::sum) return {a.real() + b.real(), a.imag() + b.imag()};
@@ -107,9 +120,12 @@ bool combine_bool(Op op, bool a, bool b) {
     switch (op) {
         case Op::sum:
         case Op::max:
-        case Op::bor: return a || b;
-        case Op::bxor: return a != b;
-        default: return a && b;
+        case Op::bor:
+            return a || b;
+        case Op::bxor:
+            return a != b;
+        default:
+            return a && b;
     }
 }
 
@@ -125,21 +141,36 @@ void with_type(Type type, Visit visit) {
               [&](Bytes& b, size_t i, float v) { put(b, i, format.encode(v)); });
     };
     switch (type) {
-        case Type::f16: return small(half);
-        case Type::bf16: return small(bfloat);
-        case Type::f32: return plain(float{});
-        case Type::f64: return plain(double{});
-        case Type::i8: return plain(int8_t{});
-        case Type::i16: return plain(int16_t{});
-        case Type::i32: return plain(int32_t{});
-        case Type::i64: return plain(int64_t{});
-        case Type::u8: return plain(uint8_t{});
-        case Type::u16: return plain(uint16_t{});
-        case Type::u32: return plain(uint32_t{});
-        case Type::u64: return plain(uint64_t{});
-        case Type::boolean: return plain(bool{});
-        case Type::c64: return plain(std::complex<float>{});
-        case Type::c128: return plain(std::complex<double>{});
+        case Type::f16:
+            return small(half);
+        case Type::bf16:
+            return small(bfloat);
+        case Type::f32:
+            return plain(float{});
+        case Type::f64:
+            return plain(double{});
+        case Type::i8:
+            return plain(int8_t{});
+        case Type::i16:
+            return plain(int16_t{});
+        case Type::i32:
+            return plain(int32_t{});
+        case Type::i64:
+            return plain(int64_t{});
+        case Type::u8:
+            return plain(uint8_t{});
+        case Type::u16:
+            return plain(uint16_t{});
+        case Type::u32:
+            return plain(uint32_t{});
+        case Type::u64:
+            return plain(uint64_t{});
+        case Type::boolean:
+            return plain(bool{});
+        case Type::c64:
+            return plain(std::complex<float>{});
+        case Type::c128:
+            return plain(std::complex<double>{});
     }
 }
 
@@ -188,8 +219,14 @@ std::mt19937_64 random_bits{20240229};
 
 template <class T>
 T random_real() {
-    const T specials[] = {T(0), -T(0), T(INFINITY), -T(INFINITY), T(NAN), std::numeric_limits<T>::denorm_min(),
-                          std::numeric_limits<T>::max(), std::numeric_limits<T>::min()};
+    const T specials[] = {T(0),
+                          -T(0),
+                          T(INFINITY),
+                          -T(INFINITY),
+                          T(NAN),
+                          std::numeric_limits<T>::denorm_min(),
+                          std::numeric_limits<T>::max(),
+                          std::numeric_limits<T>::min()};
     const uint64_t r = random_bits();
     if (r % 16 == 0) return specials[r / 16 % 8];
     return T(std::ldexp(double(int64_t(random_bits())), int(r / 16 % 8) - 64));
@@ -208,7 +245,8 @@ Bytes random_vector(Type type) {
         // Half of the numbers have any bits, half of them meet in magnitude.
         for (size_t i = 0; i < most; ++i) {
             const auto r = uint16_t(random_bits());
-            const auto near = type == Type::f16 ? half.encode(random_real<float>()) : bfloat.encode(random_real<float>());
+            const auto near =
+                type == Type::f16 ? half.encode(random_real<float>()) : bfloat.encode(random_real<float>());
             put(bytes, i, random_bits() & 1 ? r : near);
         }
     } else if (!abccl::scalable(type) && type != Type::boolean) {
@@ -234,13 +272,18 @@ bool same(Type type, const unsigned char* a, const unsigned char* b, size_t coun
         return true;
     };
     switch (type) {
-        case Type::f16: return real(uint16_t{}, [](uint16_t x) { return half.decode(x); });
-        case Type::bf16: return real(uint16_t{}, [](uint16_t x) { return bfloat.decode(x); });
+        case Type::f16:
+            return real(uint16_t{}, [](uint16_t x) { return half.decode(x); });
+        case Type::bf16:
+            return real(uint16_t{}, [](uint16_t x) { return bfloat.decode(x); });
         case Type::f32:
-        case Type::c64: return real(float{}, [](float x) { return x; });
+        case Type::c64:
+            return real(float{}, [](float x) { return x; });
         case Type::f64:
-        case Type::c128: return real(double{}, [](double x) { return x; });
-        default: return false;
+        case Type::c128:
+            return real(double{}, [](double x) { return x; });
+        default:
+            return false;
     }
 }
 
@@ -377,6 +420,19 @@ void check_copy(void (*copy)(void*, const void*, size_t), const char* what) {
             for (size_t length = 0; length <= 260; ++length) one(length, to, from);
             for (size_t length : {4095, 4096, 4097, 65537}) one(length, to, from);
         }
+    // A destination that is a little ahead of the source, modulo the page.
+    Guarded buffer(9000, 5);
+    for (size_t ahead = 0; ahead <= 70; ++ahead) {
+        const size_t from =
+            (reinterpret_cast<uintptr_t>(buffer.data) - ahead - reinterpret_cast<uintptr_t>(source.data())) % 4096;
+        for (size_t length : {2047, 2048, 2049, 5000, 9000}) {
+            std::memset(buffer.data, 0, buffer.size);
+            copy(buffer.data, source.data() + from, length);
+            check(buffer.intact() && std::memcmp(buffer.data, source.data() + from, length) == 0 &&
+                      (length == buffer.size || buffer.data[length] == 0),
+                  std::string(what) + " length " + std::to_string(length) + " ahead " + std::to_string(ahead));
+        }
+    }
 }
 
 }  // namespace

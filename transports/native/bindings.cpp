@@ -46,17 +46,30 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
                                 const Communicator& communicator) {
     if (type < 0 || type >= type_count || op < 0 || op >= op_count)
         throw Failure(Kind::argument, "the plan's type or operator has no such number");
-    PlanParameters parameters{items(code), items(table), size,     rank,  input_count,            output_count,
-                              scratch,     registers,    segment,  segments, lanes,               static_cast<Type>(type),
-                              static_cast<Op>(op), factor, signature, std::move(text), std::move(names)};
+    PlanParameters parameters{items(code),
+                              items(table),
+                              size,
+                              rank,
+                              input_count,
+                              output_count,
+                              scratch,
+                              registers,
+                              segment,
+                              segments,
+                              lanes,
+                              static_cast<Type>(type),
+                              static_cast<Op>(op),
+                              factor,
+                              signature,
+                              std::move(text),
+                              std::move(names)};
     const Geometry& geometry = communicator.endpoint.geometry();
     return std::make_shared<Plan>(std::move(parameters), geometry.lanes, geometry.slot_bytes);
 }
 
 // Waits for a work; false at the timeout (seconds; None waits as long as the operation's own deadline allows).
 bool finishes_within(PendingWork& pending, py::object timeout) {
-    const Deadline deadline =
-        timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
+    const Deadline deadline = timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
     bool finished;
     {
         py::gil_scoped_release release;
@@ -95,14 +108,14 @@ PYBIND11_MODULE(_native, m) {
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     });
 
-    m.def("fold", [](int32_t type, int32_t op, uintptr_t destination, const std::vector<uintptr_t>& sources,
-                     size_t count) {
-        std::vector<const void*> pointers;
-        for (uintptr_t source : sources) pointers.push_back(pointer(source));
-        py::gil_scoped_release release;
-        fold(static_cast<Type>(type), static_cast<Op>(op), mutable_pointer(destination), pointers.data(),
-             static_cast<int>(pointers.size()), count);
-    });
+    m.def("fold",
+          [](int32_t type, int32_t op, uintptr_t destination, const std::vector<uintptr_t>& sources, size_t count) {
+              std::vector<const void*> pointers;
+              for (uintptr_t source : sources) pointers.push_back(pointer(source));
+              py::gil_scoped_release release;
+              fold(static_cast<Type>(type), static_cast<Op>(op), mutable_pointer(destination), pointers.data(),
+                   static_cast<int>(pointers.size()), count);
+          });
     m.def("scale", [](int32_t type, uintptr_t destination, uintptr_t source, double factor, size_t count) {
         py::gil_scoped_release release;
         scale(static_cast<Type>(type), mutable_pointer(destination), pointer(source), factor, count);
@@ -145,10 +158,12 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<PendingWork, std::shared_ptr<PendingWork>>(
         m, "Work", "A handle on an asynchronous operation; its buffers stay alive until it is finished.")
-        .def("is_completed", [](const PendingWork& pending) { return pending.work->finished(); },
-             "Whether the operation is finished, well or not.")
+        .def(
+            "is_completed", [](const PendingWork& pending) { return pending.work->finished(); },
+            "Whether the operation is finished, well or not.")
         .def("wait", &wait, py::arg("timeout") = py::none(),
-             "Wait until the operation is finished.\n\nRaises DeadlineExceeded after `timeout` seconds (the operation goes "
+             "Wait until the operation is finished.\n\nRaises DeadlineExceeded after `timeout` seconds (the operation "
+             "goes "
              "on), or what the operation failed with.")
         .def("finishes_within", &finishes_within, py::arg("timeout"),
              "Like wait, and False instead of DeadlineExceeded.")
@@ -207,15 +222,14 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("abort", &Communicator::abort)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
-        .def("set_patience",
-             [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
+        .def("set_patience", [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
         .def_property(
             "streaming_from", [](const Communicator& c) { return c.endpoint.streaming_from(); },
             [](Communicator& c, size_t bytes) { c.endpoint.set_streaming_from(bytes); });
 
     py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(m, "Dispatcher")
-        .def(py::init<std::shared_ptr<Communicator>, py::object, py::object, double>(), py::arg("communicator").none(true),
-             py::arg("bind"), py::arg("execute"), py::arg("timeout"))
+        .def(py::init<std::shared_ptr<Communicator>, py::object, py::object, double>(),
+             py::arg("communicator").none(true), py::arg("bind"), py::arg("execute"), py::arg("timeout"))
         .def("function", [](py::object self) { return self.cast<Dispatcher&>().function(self); })
         .def("set_timeout", &Dispatcher::set_timeout)
         .def("clear", &Dispatcher::clear);

@@ -206,8 +206,8 @@ void Communicator::close() {
     if (closed_.exchange(true)) return;
     endpoint.close();
     std::lock_guard<std::mutex> engine(engine_);
-    fail_all(std::make_exception_ptr(
-        Failure(Kind::closed, "the communicator was closed while this operation was pending")));
+    fail_all(
+        std::make_exception_ptr(Failure(Kind::closed, "the communicator was closed while this operation was pending")));
 }
 
 namespace {

@@ -56,11 +56,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     std::shared_ptr<Work> enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
     void drive(const Plan& plan, const void* input, void* output, Timeout timeout);
 
-    std::mutex mutex_;          // of the queue
+    std::mutex mutex_;                         // of the queue
     std::deque<std::shared_ptr<Task>> queue_;  // the front one is running once `started_`
-    std::mutex engine_;         // held by whoever runs a plan from the queue
+    std::mutex engine_;                        // held by whoever runs a plan from the queue
     bool started_ = false;
-    bool busy_ = false;         // a caller's thread is running a plan
+    bool busy_ = false;  // a caller's thread is running a plan
     std::atomic<int64_t> messages_deadline_{0};
     std::atomic<bool> closed_{false};
     Execution execution_;

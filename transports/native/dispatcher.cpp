@@ -90,8 +90,14 @@ PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
         if (py::isinstance<Plan>(bound)) once.plan = bound.cast<std::shared_ptr<Plan>>();
         return run(once, arguments, x, out, asynchronous);
     }
-    const Key key{PyLong_AsLong(arguments[0]) << 32 | root, x.count, out.count, x.dtype, out.dtype, arguments[3],
-                  arguments[5], alias};
+    const Key key{PyLong_AsLong(arguments[0]) << 32 | root,
+                  x.count,
+                  out.count,
+                  x.dtype,
+                  out.dtype,
+                  arguments[3],
+                  arguments[5],
+                  alias};
     auto found = bound_.find(key);
     if (found == bound_.end()) {
         py::object bound = miss(arguments);
@@ -106,8 +112,8 @@ PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
 }
 
 py::object Dispatcher::miss(PyObject* const* arguments) {
-    return bind_(py::handle(arguments[0]), py::handle(arguments[1]), py::handle(arguments[2]),
-                 py::handle(arguments[3]), py::handle(arguments[4]), py::handle(arguments[5]));
+    return bind_(py::handle(arguments[0]), py::handle(arguments[1]), py::handle(arguments[2]), py::handle(arguments[3]),
+                 py::handle(arguments[4]), py::handle(arguments[5]));
 }
 
 PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out,

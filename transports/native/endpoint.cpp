@@ -32,8 +32,7 @@ inline void cpu_relax() {
 // whether something came. Both need a full fence between their two steps. membarrier puts the sender's fence into
 // the (slow) receiver; where the kernel lacks it a sleep is short instead, as its wake-up may be missed.
 bool use_membarrier() {
-    static const bool registered =
-        syscall(__NR_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
+    static const bool registered = syscall(__NR_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
     return registered;
 }
 
@@ -85,8 +84,7 @@ void Endpoint::announce(uint64_t token) { control_->token.store(token, std::memo
 void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t token) {
     regions_[peer] = std::move(region);
     Control& theirs = control(peer);
-    if (theirs.token.load(std::memory_order_acquire) != token || theirs.rank != peer ||
-        theirs.size != geometry_.size)
+    if (theirs.token.load(std::memory_order_acquire) != token || theirs.rank != peer || theirs.size != geometry_.size)
         throw Failure(Kind::transport, "the shared memory found is not that of rank " + std::to_string(peer));
     if (theirs.pid != getpid()) process_handles_[peer] = open_process(theirs.pid);
     uint8_t* mine = regions_[rank_]->base();
@@ -106,6 +104,7 @@ void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t to
 void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes) {
     const bool streaming = bytes >= streaming_from_;
     for (size_t i = 0; i < span_count; ++i) {
+        if (spans[i].bytes == 0) continue;
         if (streaming)
             copy_streaming(destination, spans[i].data, spans[i].bytes);
         else
@@ -131,12 +130,10 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
         const uint32_t index = multicast_next_[lane] % geometry_.slots;
         MulticastSlot& multicast = multicast_[lane * geometry_.slots + index];
         for (auto [peer, number] : multicast.readers) {
-            const uint32_t tail =
-                outgoing_[geometry_.channel(peer, lane)].tail->load(std::memory_order_acquire);
+            const uint32_t tail = outgoing_[geometry_.channel(peer, lane)].tail->load(std::memory_order_acquire);
             if (static_cast<int32_t>(tail - number) < 0) return false;
         }
-        slot = regions_[rank_]->base() + geometry_.multicast(lane) +
-               static_cast<size_t>(index) * geometry_.slot_bytes;
+        slot = regions_[rank_]->base() + geometry_.multicast(lane) + static_cast<size_t>(index) * geometry_.slot_bytes;
         multicast.readers.clear();
         for (uint32_t i = 0; i < n; ++i)
             multicast.readers.emplace_back(peers[i], outgoing_[geometry_.channel(peers[i], lane)].next + 1);
@@ -152,7 +149,7 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
             descriptor.where = inlined;
             uint8_t* to = descriptor.payload;
             for (size_t s = 0; s < span_count; ++s) {
-                std::memcpy(to, spans[s].data, spans[s].bytes);
+                if (spans[s].bytes) std::memcpy(to, spans[s].data, spans[s].bytes);
                 to += spans[s].bytes;
             }
         } else {
@@ -228,21 +225,34 @@ std::string Endpoint::status(uint32_t peer) const {
 
 void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
     check_abort();
-    uint32_t signature = 0;
-    std::string theirs;
-    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
-    if (!read_record(peer, sequence_, &signature, &theirs)) {
-        theirs = entered < sequence_ ? "has not entered #" + std::to_string(sequence_) + " and sent " : "has gone on to ";
-        std::string latest;
-        read_record(peer, entered, &signature, &latest);
-        theirs += latest + " #" + std::to_string(entered);
-    } else {
-        theirs = "called " + theirs;
+    // The first difference is the cause: what went before may have exchanged no message between the two.
+    const uint64_t oldest = sequence_ < history ? 1 : sequence_ - history + 1;
+    for (uint64_t number = oldest; number <= sequence_; ++number) {
+        uint32_t ours = 0, theirs = 0;
+        std::string our_text, their_text;
+        if (read_record(rank_, number, &ours, &our_text) && read_record(peer, number, &theirs, &their_text) &&
+            ours != theirs)
+            refuse_pair(number, our_text, peer, "called " + their_text);
     }
+    uint32_t signature = 0;
+    std::string latest = "nothing";
+    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
+    read_record(peer, entered, &signature, &latest);
+    refuse_pair(sequence_, text_, peer, "is at " + latest + " #" + std::to_string(entered) + detail);
+}
+
+void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs) {
     fail(static_cast<uint32_t>(Kind::mismatch),
-         "collective #" + std::to_string(sequence_) + ": rank " + std::to_string(rank_) + " called " + text_ +
-             ", rank " + std::to_string(peer) + " " + theirs + detail +
-             ": all ranks must make the same calls in the same order");
+         "collective #" + std::to_string(number) + ": rank " + std::to_string(rank_) + " called " + ours + ", rank " +
+             std::to_string(peer) + " " + theirs + ": all ranks must make the same calls in the same order");
+}
+
+void Endpoint::compare(uint32_t peer) {
+    const Record& record = control(peer).records[sequence_ % history];
+    if (record.sequence.load(std::memory_order_acquire) != sequence_) return;
+    if (record.signature.load(std::memory_order_acquire) == signature_) return;
+    // Unless the record was rewritten in between.
+    if (record.sequence.load(std::memory_order_acquire) == sequence_) mismatch(peer, "");
 }
 
 bool Endpoint::gone(uint32_t peer) const {
@@ -256,18 +266,17 @@ void Endpoint::lost(uint32_t peer, const std::string& doing) {
     check_abort();
     const bool closed = control(peer).closed.load(std::memory_order_acquire);
     fail(static_cast<uint32_t>(Kind::peer_lost),
-         "rank " + std::to_string(peer) + (closed ? " closed its communicator" : " ended (process " +
-         std::to_string(control(peer).pid) + ")") + " while rank " + std::to_string(rank_) + " waited in " + doing +
-         (closed ? ": all ranks must make the same calls" : ": look at that rank's output for the reason"));
+         "rank " + std::to_string(peer) +
+             (closed ? " closed its communicator" : " ended (process " + std::to_string(control(peer).pid) + ")") +
+             " while rank " + std::to_string(rank_) + " waited in " + doing +
+             (closed ? ": all ranks must make the same calls" : ": look at that rank's output for the reason"));
 }
 
 void Endpoint::check_collective() {
     check_abort();
     for (uint32_t peer = 0; peer < geometry_.size; ++peer) {
         if (peer == rank_) continue;
-        uint32_t signature = 0;
-        std::string text;
-        if (read_record(peer, sequence_, &signature, &text) && signature != signature_) mismatch(peer, "");
+        compare(peer);
         // A peer that has finished its part may go: what it sent stays readable.
         if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_)
             lost(peer, text_ + " #" + std::to_string(sequence_));
@@ -320,8 +329,11 @@ void Endpoint::ring(Control& control) {
 void Endpoint::throw_abort() const {
     const uint32_t word = control_->abort.load(std::memory_order_acquire);
     const uint32_t culprit = (word & 0xFFFFFF) - 1;
+    if (word >> 24 == static_cast<uint32_t>(Kind::closed))
+        throw Failure(Kind::closed, "the communicator was closed while this operation was pending");
     const Control& theirs = control(culprit);
-    throw Failure(static_cast<Kind>(word >> 24), std::string(theirs.reason, strnlen(theirs.reason, sizeof(theirs.reason))));
+    throw Failure(static_cast<Kind>(word >> 24),
+                  std::string(theirs.reason, strnlen(theirs.reason, sizeof(theirs.reason))));
 }
 
 void Endpoint::abort(uint32_t kind, const std::string& reason) noexcept {
@@ -351,7 +363,6 @@ void Endpoint::fail(uint32_t kind, const std::string& reason) {
 void Endpoint::close() {
     control_->closed.store(1, std::memory_order_release);
     uint32_t none = 0;
-    std::strcpy(control_->reason, "the communicator was closed while this operation was pending");
     control_->abort.compare_exchange_strong(none, static_cast<uint32_t>(Kind::closed) << 24 | (rank_ + 1));
     ring(*control_);
     for (uint32_t peer = 0; peer < geometry_.size; ++peer)

@@ -83,6 +83,8 @@ class Endpoint {
     uint64_t enter(uint32_t signature, const std::string& text);
     void finish() { control_->finished.store(sequence_, std::memory_order_release); }
     uint64_t sequence() const { return sequence_; }
+    // Throws Mismatch if `peer` is known to have called something else as its collective of the present number.
+    void compare(uint32_t peer);
     // What `peer` is doing, for messages to people.
     std::string status(uint32_t peer) const;
     // A message of collective number `sequence()` from `peer` had the wrong signature or length: throws Mismatch.
@@ -137,6 +139,7 @@ class Endpoint {
 
   private:
     [[noreturn]] void throw_abort() const;
+    [[noreturn]] void refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs);
     void ring_if_sleeping(Control& control) {
         if (control.sleepers.load(std::memory_order_relaxed) != 0) ring(control);
     }

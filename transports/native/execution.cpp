@@ -19,8 +19,8 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     }
     const uint32_t lanes = static_cast<uint32_t>(plan.parameters.lanes);
     const size_t lane_bytes = plan.scratch_bytes() / lanes;
-    uint8_t* aligned = reinterpret_cast<uint8_t*>(
-        Geometry::round_up(reinterpret_cast<size_t>(scratch_.get()), cache_line));
+    uint8_t* aligned =
+        reinterpret_cast<uint8_t*>(Geometry::round_up(reinterpret_cast<size_t>(scratch_.get()), cache_line));
     if (lanes_.size() < lanes) lanes_.resize(lanes);
     unfinished_ = 0;
     for (uint32_t l = 0; l < lanes; ++l) {
@@ -31,19 +31,21 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         lane.scratch = aligned + lane_bytes * l;
         lane.registers.resize(static_cast<size_t>(plan.parameters.registers));
         lane.offsets.resize(static_cast<size_t>(plan.parameters.registers) * plan.max_parts);
-        if (l < plan.parameters.segments) ++unfinished_;
+        if (l < plan.parameters.segments && !plan.rows.empty()) ++unfinished_;
     }
     spans_.resize(plan.max_parts);
     sources_.resize(plan.max_parts);
 }
 
 Outcome Execution::progress() {
-    if (unfinished_ == 0) return Outcome::done;
     bool moved = false;
     const uint32_t lanes = static_cast<uint32_t>(plan_->parameters.lanes);
     for (uint32_t l = 0; l < lanes; ++l)
-        if (lanes_[l].segment < plan_->parameters.segments && run(l)) moved = true;
+        if (unfinished_ != 0 && lanes_[l].segment < plan_->parameters.segments && run(l)) moved = true;
     if (unfinished_ == 0) {
+        // Whoever receives sees a foreign signature; whoever only sends would not notice.
+        if (!plan_->receives)
+            for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
         endpoint_.finish();
         return Outcome::done;
     }
@@ -64,7 +66,6 @@ bool Execution::run(uint32_t lane_index) {
                 --unfinished_;
                 return true;
             }
-            if (count == 0) continue;
         }
         const Row& row = rows[lane.row];
         switch (row.instruction) {
@@ -92,9 +93,8 @@ bool Execution::run(uint32_t lane_index) {
             case Instruction::scale: {
                 const int64_t elements = plan.elements(row.destination.block, lane.segment);
                 if (elements != 0)
-                    scale(plan.parameters.type, address(row.destination, lane),
-                          address(plan.operands[row.first], lane), plan.parameters.factor,
-                          static_cast<size_t>(elements));
+                    scale(plan.parameters.type, address(row.destination, lane), address(plan.operands[row.first], lane),
+                          plan.parameters.factor, static_cast<size_t>(elements));
                 break;
             }
             case Instruction::release:
@@ -106,8 +106,7 @@ bool Execution::run(uint32_t lane_index) {
 
 size_t Execution::message_elements(const Row& row, int64_t segment) const {
     int64_t elements = 0;
-    for (uint32_t i = 0; i < row.count; ++i)
-        elements += plan_->elements(plan_->operands[row.first + i].block, segment);
+    for (uint32_t i = 0; i < row.count; ++i) elements += plan_->elements(plan_->operands[row.first + i].block, segment);
     return static_cast<size_t>(elements);
 }
 
@@ -169,8 +168,8 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
         case Place::output:
             return output_ + static_cast<size_t>(extent.output + start) * plan.itemsize;
         case Place::scratch:
-            return lane.scratch + static_cast<size_t>(operand.index) *
-                                      static_cast<size_t>(plan.parameters.segment) * plan.itemsize;
+            return lane.scratch +
+                   static_cast<size_t>(operand.index) * static_cast<size_t>(plan.parameters.segment) * plan.itemsize;
         case Place::message:
             break;
     }

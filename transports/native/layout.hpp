@@ -63,16 +63,10 @@ struct Geometry {
     uint32_t channels() const { return lanes + 1; }
 
     size_t descriptors_at() const { return round_up(sizeof(Control), 4096); }
-    size_t tails_at() const {
-        return descriptors_at() + sizeof(Descriptor) * slots * channels() * size;
-    }
+    size_t tails_at() const { return descriptors_at() + sizeof(Descriptor) * slots * channels() * size; }
     size_t arena_at() const { return round_up(tails_at() + sizeof(Tail) * channels() * size, 4096); }
-    size_t multicast_at() const {
-        return arena_at() + static_cast<size_t>(slot_bytes) * slots * channels() * size;
-    }
-    size_t bytes() const {
-        return round_up(multicast_at() + static_cast<size_t>(slot_bytes) * slots * lanes, 4096);
-    }
+    size_t multicast_at() const { return arena_at() + static_cast<size_t>(slot_bytes) * slots * channels() * size; }
+    size_t bytes() const { return round_up(multicast_at() + static_cast<size_t>(slot_bytes) * slots * lanes, 4096); }
 
     size_t channel(uint32_t peer, uint32_t lane) const { return static_cast<size_t>(peer) * channels() + lane; }
     size_t descriptor(uint32_t peer, uint32_t lane) const {
@@ -82,9 +76,7 @@ struct Geometry {
     size_t arena(uint32_t peer, uint32_t lane) const {
         return arena_at() + static_cast<size_t>(slot_bytes) * slots * channel(peer, lane);
     }
-    size_t multicast(uint32_t lane) const {
-        return multicast_at() + static_cast<size_t>(slot_bytes) * slots * lane;
-    }
+    size_t multicast(uint32_t lane) const { return multicast_at() + static_cast<size_t>(slot_bytes) * slots * lane; }
 
     static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 };

@@ -105,8 +105,8 @@ bool Mailbox::progress_receives(uint32_t peer) {
     bool moved = false;
     Arriving& a = arriving_[peer];
     for (;;) {
-        const bool wanted = std::any_of(receiving_.begin(), receiving_.end(),
-                                        [&](const Receiving& r) { return r.from(peer); });
+        const bool wanted =
+            std::any_of(receiving_.begin(), receiving_.end(), [&](const Receiving& r) { return r.from(peer); });
         if (!a.open) {
             // What nobody waits for stays with its sender: its memory is bounded, ours stays free.
             if (!wanted) return moved;
@@ -120,8 +120,7 @@ bool Mailbox::progress_receives(uint32_t peer) {
             a.bytes = announcement.bytes;
             a.moved = 0;
             a.matched = a.unexpected = false;
-            a.kept.assign(descriptor->payload + sizeof(announcement),
-                          descriptor->payload + sizeof(announcement) + now);
+            a.kept.assign(descriptor->payload + sizeof(announcement), descriptor->payload + sizeof(announcement) + now);
             endpoint_.release(peer, lane_);
             moved = true;
         }
@@ -149,8 +148,8 @@ bool Mailbox::progress_receives(uint32_t peer) {
 // Looks for the receive that an open message belongs to, as long as its bytes have nowhere to go.
 void Mailbox::settle(uint32_t peer, Arriving& a) {
     if (a.matched || a.unexpected) return;
-    auto found = std::find_if(receiving_.begin(), receiving_.end(),
-                              [&](const Receiving& r) { return r.accepts(peer, a.tag); });
+    auto found =
+        std::find_if(receiving_.begin(), receiving_.end(), [&](const Receiving& r) { return r.accepts(peer, a.tag); });
     if (found == receiving_.end()) return;
     check_length(*found, peer, a.bytes);
     a.receive = *found;
@@ -190,9 +189,8 @@ void Mailbox::check() {
         std::lock_guard<std::mutex> lock(mutex_);
         progress_receives(peer);  // what it sent before it went
         if (!sending_[peer].empty()) endpoint_.lost(peer, "a send to it");
-        const bool awaited = std::any_of(receiving_.begin(), receiving_.end(), [&](const Receiving& r) {
-            return r.source != any_source && r.from(peer);
-        });
+        const bool awaited = std::any_of(receiving_.begin(), receiving_.end(),
+                                         [&](const Receiving& r) { return r.source != any_source && r.from(peer); });
         if (awaited || arriving_[peer].matched) endpoint_.lost(peer, "a receive from it");
     }
 }

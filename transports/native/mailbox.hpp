@@ -59,8 +59,8 @@ class Mailbox {
         int64_t tag = 0;
         size_t bytes = 0;
         size_t moved = 0;
-        bool matched = false;    // into the user's buffer
-        bool unexpected = false; // into `kept`
+        bool matched = false;     // into the user's buffer
+        bool unexpected = false;  // into `kept`
         Receiving receive{};
         std::vector<uint8_t> kept;  // the bytes that came before it was known where they go
     };

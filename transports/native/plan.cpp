@@ -28,6 +28,7 @@ class Parser {
                     break;
                 case Instruction::recv:
                     row.tag = static_cast<uint32_t>(next());
+                    plan_.receives = true;
                     row.readers = 1;
                     row.peers = static_cast<uint32_t>(plan_.peers.size());
                     peer();
@@ -170,9 +171,8 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
 }
 
 int Plan::step_of(size_t row) const {
-    return static_cast<int>(std::count_if(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(row), [](const Row& r) {
-        return r.instruction == Instruction::release;
-    }));
+    return static_cast<int>(std::count_if(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(row),
+                                          [](const Row& r) { return r.instruction == Instruction::release; }));
 }
 
 std::string Plan::blocks_of(size_t row) const {

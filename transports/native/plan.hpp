@@ -21,11 +21,11 @@ struct Operand {
 
 struct Row {
     Instruction instruction;
-    uint32_t tag;            // send, recv
-    uint32_t first, count;   // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources)
-    uint32_t peers, readers; // send: first of its peers, and how many; recv: the peer, and 1
-    int32_t reg;             // recv: the register that it fills
-    Operand destination;     // fold, copy, scale
+    uint32_t tag;             // send, recv
+    uint32_t first, count;    // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources)
+    uint32_t peers, readers;  // send: first of its peers, and how many; recv: the peer, and 1
+    int32_t reg;              // recv: the register that it fills
+    Operand destination;      // fold, copy, scale
 };
 
 struct Extent {
@@ -72,6 +72,7 @@ class Plan {
     std::vector<uint32_t> peers;
     std::vector<Extent> extents;
     size_t max_parts = 1;
+    bool receives = false;
 };
 
 }  // namespace abccl

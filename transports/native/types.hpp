@@ -18,8 +18,8 @@ inline size_t size_of(Type type) {
 }
 
 inline const char* name(Type type) {
-    constexpr const char* names[type_count] = {"float16", "bfloat16", "float32", "float64", "int8",
-                                               "int16",   "int32",    "int64",   "uint8",   "uint16",
+    constexpr const char* names[type_count] = {"float16", "bfloat16", "float32", "float64",   "int8",
+                                               "int16",   "int32",    "int64",   "uint8",     "uint16",
                                                "uint32",  "uint64",   "bool",    "complex64", "complex128"};
     return names[static_cast<int>(type)];
 }

@@ -1,0 +1,97 @@
+"""Between torch's lists of tensors of any layout and the flat contiguous buffers that the communicator takes.
+
+A tensor that is contiguous is used as it is, and so are tensors that lie one behind the other in one storage, as the
+pieces of `chunk` and `split` do. Everything else goes through a flat copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...transports.types import NUMBERS
+
+_SERVED = frozenset(getattr(torch, name) for name in NUMBERS if hasattr(torch, name))
+
+Finish = Callable[[], None]
+"""Copies a result to where it belongs, once it is there."""
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether the communicator can read and write the tensor where it lies."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def as_bytes(flat: Tensor) -> Tensor:
+    """A flat tensor of an element type that is only moved, not computed with (float8, ...), as bytes."""
+    return flat if flat.dtype in _SERVED else flat.view(torch.uint8)
+
+
+def reading(tensor: Tensor) -> Tensor:
+    """A flat buffer with the values of the tensor."""
+    tensor = tensor.detach()
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def writing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
+    """A flat buffer for the values of the tensor, and what takes them there if it is another's memory."""
+    target = tensor.detach()
+    if plain(target):
+        return target.view(-1), None
+    flat = target.new_empty(target.numel())
+    return flat, lambda: _copy(target, flat)
+
+
+def changing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
+    """Like `writing`, filled with the values of the tensor."""
+    flat, finish = writing(tensor)
+    if finish is not None:
+        flat.copy_(tensor.detach().reshape(-1))
+    return flat, finish
+
+
+def reading_all(tensors: Sequence[Tensor]) -> Tensor:
+    """A flat buffer with the values of all tensors, one after the other."""
+    joined = _joined(tensors)
+    return torch.cat([reading(tensor) for tensor in tensors]) if joined is None else joined
+
+
+def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
+    """A flat buffer for the values of all tensors, and what takes them there if it is another's memory."""
+    joined = _joined(tensors)
+    if joined is not None:
+        return joined, None
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = tensors[0].new_empty(sum(sizes))
+
+    def finish() -> None:
+        for tensor, piece in zip(tensors, flat.split(sizes)):
+            _copy(tensor.detach(), piece)
+
+    return flat, finish
+
+
+def _copy(target: Tensor, flat: Tensor) -> None:
+    target.copy_(flat.view(target.shape))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One flat view of tensors that lie one behind the other; None if they do not."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.detach().view(-1) if plain(first) else None
+    storage = first.untyped_storage()
+    address, offset = storage.data_ptr(), first.storage_offset()
+    count = 0
+    for tensor in tensors:
+        if (
+            not plain(tensor)
+            or tensor.dtype != first.dtype
+            or tensor.storage_offset() != offset + count
+            or tensor.untyped_storage().data_ptr() != address
+        ):
+            return None
+        count += tensor.numel()
+    return first.detach().as_strided((count,), (1,), offset)

@@ -1,0 +1,171 @@
+"""Handles on asynchronous operations, as torch wants them: Work, and torch's futures."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...errors import AbcclError, DeadlineExceeded
+from .errors import torch_error
+
+_NO_TIMEOUT = timedelta(0)
+
+
+class GroupWork(dist.Work):
+    """An operation of a process group: native operations, and what is left to do when they are finished.
+
+    Args:
+        parts: the native operations; with none it is finished already.
+        result: what the future will hold.
+        finish: copies the result to where it belongs. Called once, by whoever first sees that all parts are finished.
+        completion: the thread that completes futures.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        result: list[Any],
+        finish: Callable[[], None] | None,
+        completion: Completion | None,
+    ) -> None:
+        super().__init__()
+        self._parts, self._result, self._finish, self._completion = parts, result, finish, completion
+        self._error: BaseException | None = None
+        self._future: Any = None
+        # A copy back takes a moment, and may be asked for by two threads; a reentrant lock, since a signal handler may.
+        self._lock = threading.RLock()
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Wait until the operation is finished, raise what it failed with. A timeout of 0 is none."""
+        seconds = timeout.total_seconds()
+        try:
+            if seconds > 0:
+                deadline = time.monotonic() + seconds
+                for part in self._parts:
+                    if not part.finishes_within(max(0.0, deadline - time.monotonic())):
+                        raise DeadlineExceeded(f"Work.wait: not finished after {seconds:g} s; it goes on, wait again")
+            else:
+                for part in self._parts:
+                    part.wait()
+        except AbcclError as error:
+            raise torch_error(error) from None
+        self._conclude()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the operation is finished, well or not. Never waits for a peer."""
+        if not all(part.is_completed() for part in self._parts):
+            return False
+        self.exception()
+        return True
+
+    def is_success(self) -> bool:
+        """Whether the operation is finished, and well."""
+        return self.is_completed() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        """What the operation failed with, if it is finished and did."""
+        if self._error is None and all(part.is_completed() for part in self._parts):
+            try:
+                self.wait()
+            except Exception as error:
+                self._error = error
+        return self._error
+
+    def result(self) -> list[Any]:
+        """The tensors that hold the result."""
+        self.wait()
+        return self._result
+
+    def synchronize(self) -> None:
+        """The same as `wait`: there are no streams here."""
+        self.wait()
+
+    def block_current_stream(self) -> None:
+        """The same as `wait`: there are no streams here."""
+        self.wait()
+
+    def get_future(self) -> torch.futures.Future[list[Any]]:
+        """A future of the result. Made on demand: most callers only wait."""
+        with self._lock:
+            if self._future is None:
+                source: Any = torch.futures.Future()
+                # C++ must never see a future whose error was set from Python: DDP's reducer would crash. An error that
+                # a callback raises is safe. The callback does not hold this work, or they would keep each other alive.
+                self._future = source.then(partial(_value, self._result))
+                if self._completion is None or self.is_completed():
+                    source.set_result(self.exception())
+                else:
+                    self._completion.add(self, source)
+            return self._future
+
+    def source_rank(self) -> int:
+        """The rank that a message came from."""
+        self.wait()
+        return int(self._parts[0].source)
+
+    _source_rank = source_rank
+
+    def _conclude(self) -> None:
+        if self._finish is None:
+            return
+        with self._lock:
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                finish()
+
+
+def _value(result: list[Any], source: Any) -> list[Any]:
+    error = source.value()
+    if error is not None:
+        raise error
+    return result
+
+
+class Completion:
+    """Completes the futures of a process group, whose operations finish in the order in which they were started.
+
+    The thread starts with the first future that anybody asks for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[GroupWork, Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, work: GroupWork, source: Any) -> None:
+        """Complete `source` when the work is finished."""
+        self._queue.put((work, source))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, when it has completed all futures: what they wait for must end first."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            if thread is not threading.current_thread():
+                thread.join(10.0)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, source = item
+            error: BaseException | None = None
+            try:
+                work.wait()
+            except BaseException as caught:
+                error = caught
+            try:
+                source.set_result(error)
+            except BaseException as caught:  # a callback of the user: torch has logged it
+                del caught
+            del item, work, source, error

@@ -1,0 +1,280 @@
+// Channels, engine, mailbox and failures with ranks as threads, so that the sanitizers see both ends.
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "communicator.hpp"
+#include "failure.hpp"
+
+using namespace abccl;
+
+namespace {
+
+std::atomic<int> failures{0};
+
+void expect(bool condition, const char* what) {
+    if (condition) return;
+    ++failures;
+    std::fprintf(stderr, "failed: %s\n", what);
+}
+
+using Ranks = std::vector<std::shared_ptr<Communicator>>;
+
+Ranks make(uint32_t size, uint32_t lanes, uint32_t slot_bytes) {
+    const Geometry geometry{size, lanes, 3, slot_bytes};
+    Ranks ranks;
+    std::vector<std::shared_ptr<Region>> regions;
+    for (uint32_t r = 0; r < size; ++r) {
+        regions.push_back(Region::create(geometry.bytes()));
+        ranks.push_back(std::make_shared<Communicator>(r, geometry, regions[r]));
+        ranks[r]->endpoint.announce(r + 7);
+    }
+    for (uint32_t r = 0; r < size; ++r)
+        for (uint32_t peer = 0; peer < size; ++peer)
+            if (peer != r)
+                ranks[r]->endpoint.attach(peer, Region::attach(getpid(), regions[peer]->fd(), geometry.bytes()),
+                                          peer + 7);
+    for (auto& rank : ranks) rank->endpoint.set_patience({20, 20});
+    return ranks;
+}
+
+void each(Ranks& ranks, const std::function<void(uint32_t)>& body) {
+    std::vector<std::thread> threads;
+    for (uint32_t r = 0; r < ranks.size(); ++r) threads.emplace_back([&, r] { body(r); });
+    for (auto& thread : threads) thread.join();
+}
+
+constexpr Timeout patient = std::chrono::seconds(60);
+
+PlanParameters blank(int32_t rank, int32_t size, int64_t count, int32_t lanes, int64_t segment) {
+    PlanParameters p;
+    p.rank = rank;
+    p.size = size;
+    p.input_count = p.output_count = count;
+    p.scratch = 0;
+    p.registers = size;
+    p.lanes = lanes;
+    p.type = Type::f32;
+    p.op = Op::sum;
+    p.factor = 1;
+    p.signature = 77;
+    p.text = "test";
+    p.segment = segment;
+    return p;
+}
+
+// Ring all_reduce, as algorithms/plan.py lowers it.
+PlanParameters ring(int32_t rank, int32_t size, int64_t count, int32_t lanes, int64_t segment) {
+    PlanParameters p = blank(rank, size, count, lanes, segment);
+    const int64_t chunk = (count + size - 1) / size;
+    for (int32_t b = 0; b < size; ++b) {
+        const int64_t start = std::min<int64_t>(b * chunk, count), end = std::min(start + chunk, count);
+        p.table.insert(p.table.end(), {end - start, start, start});
+        p.names.push_back(std::to_string(b));
+    }
+    p.segments = std::max<int64_t>(1, (chunk + segment - 1) / segment);
+    const int32_t left = (rank + size - 1) % size, right = (rank + 1) % size;
+    if (size == 1) p.code = {3, 1, 0, 0, 0, 0, 0, 0, 0};
+    for (int32_t hop = 1; hop < size; ++hop) {
+        const int32_t out = (rank - hop + 2 * size) % size, in = (rank - hop - 1 + 2 * size) % size;
+        p.code.insert(p.code.end(), {0, out, 1, right, 1, hop > 1, out, 0, 0});      // SEND
+        p.code.insert(p.code.end(), {1, in, left, 1, in});                           // RECV
+        p.code.insert(p.code.end(), {2, 1, in, 0, 0, 2, 0, in, 0, 0, 3, in, 0, 0});  // FOLD
+        p.code.push_back(5);
+    }
+    for (int32_t hop = 0; hop < size - 1; ++hop) {
+        const int32_t out = (rank - hop + size) % size, in = (rank - hop - 1 + 2 * size) % size;
+        p.code.insert(p.code.end(), {0, out, 1, right, 1, 1, out, 0, 0});
+        p.code.insert(p.code.end(), {1, in, left, 1, in});
+        p.code.insert(p.code.end(), {3, 1, in, 0, 0, 3, in, 0, 0});  // COPY
+        p.code.push_back(5);
+    }
+    return p;
+}
+
+// One-shot all_reduce: one multicast, one fold of all.
+PlanParameters one_shot(int32_t rank, int32_t size, int64_t count, int32_t lanes, int64_t segment) {
+    PlanParameters p = blank(rank, size, count, lanes, segment);
+    p.table = {count, 0, 0};
+    p.names = {"0"};
+    p.segments = std::max<int64_t>(1, (count + segment - 1) / segment);
+    std::vector<int32_t> peers;
+    for (int32_t peer = 0; peer < size; ++peer)
+        if (peer != rank) peers.push_back(peer);
+    p.code = {0, 5, size - 1};
+    p.code.insert(p.code.end(), peers.begin(), peers.end());
+    p.code.insert(p.code.end(), {1, 0, 0, 0, 0});
+    for (int32_t peer : peers) p.code.insert(p.code.end(), {1, 5, peer, 1, 0});
+    p.code.insert(p.code.end(), {2, 1, 0, 0, 0, size});
+    int32_t reg = 0;
+    for (int32_t source = 0; source < size; ++source) {
+        if (source == rank)
+            p.code.insert(p.code.end(), {0, 0, 0, 0});
+        else
+            p.code.insert(p.code.end(), {3, 0, reg++, 0});
+    }
+    p.code.push_back(5);
+    return p;
+}
+
+// A plan with nothing to do, as a barrier of one rank.
+PlanParameters blank_plan() {
+    PlanParameters p = blank(0, 1, 0, 1, 1);
+    p.segments = 1;
+    return p;
+}
+
+using Maker = PlanParameters (*)(int32_t, int32_t, int64_t, int32_t, int64_t);
+
+void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lanes, bool streaming, bool queued) {
+    Ranks ranks = make(size, lanes, 256);
+    std::vector<std::vector<float>> inputs(size);
+    std::vector<float> sum(static_cast<size_t>(count), 0.0f);
+    std::mt19937 random(7);
+    for (auto& input : inputs) {
+        for (int64_t i = 0; i < count; ++i) input.push_back(static_cast<float>(random() % 1000));
+        for (size_t i = 0; i < input.size(); ++i) sum[i] += input[i];
+    }
+    each(ranks, [&](uint32_t r) {
+        Communicator& c = *ranks[r];
+        c.endpoint.set_streaming_from(streaming ? 49 : SIZE_MAX);
+        auto plan = std::make_shared<Plan>(
+            make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64),
+            lanes, 256);
+        std::vector<std::vector<float>> outputs(5, std::vector<float>(static_cast<size_t>(count)));
+        std::vector<std::shared_ptr<Work>> works;
+        for (auto& output : outputs) {
+            if (queued)
+                works.push_back(c.start(plan, inputs[r].data(), output.data(), patient));
+            else
+                c.run(plan, inputs[r].data(), output.data(), patient);
+        }
+        for (auto& work : works) {
+            expect(work->wait(Clock::now() + patient), "queued work ends");
+            work->check();
+        }
+        for (auto& output : outputs) expect(output == sum, "all_reduce gives the sum");
+    });
+}
+
+void test_messages() {
+    Ranks ranks = make(3, 1, 128);
+    each(ranks, [&](uint32_t r) {
+        Communicator& c = *ranks[r];
+        const uint32_t next = (r + 1) % 3, last = (r + 2) % 3;
+        std::vector<std::shared_ptr<Work>> works;
+        std::vector<std::vector<uint8_t>> sent, received;
+        const size_t sizes[] = {0, 1, 32, 33, 128, 1000, 5000};
+        for (size_t i = 0; i < 7; ++i) {
+            sent.emplace_back(sizes[i], static_cast<uint8_t>(r * 7 + i));
+            received.emplace_back(sizes[i]);
+        }
+        for (size_t i = 0; i < 7; ++i)
+            works.push_back(c.post_send(next, static_cast<int64_t>(i), sent[i].data(), sizes[i], patient));
+        for (size_t i = 7; i-- > 0;)  // in another order than sent: by tag
+            works.push_back(c.post_receive(i % 2 ? any_source : static_cast<int32_t>(last), static_cast<int64_t>(i),
+                                           received[i].data(), sizes[i], patient));
+        ProgressThread::submit(ranks[r]);
+        for (auto& work : works) expect(work->wait(Clock::now() + patient), "messages arrive");
+        for (size_t i = 0; i < 7; ++i)
+            expect(received[i] == std::vector<uint8_t>(sizes[i], static_cast<uint8_t>(last * 7 + i)),
+                   "the right bytes");
+    });
+}
+
+Kind kind_of(const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const Failure& failure) {
+        return failure.kind;
+    }
+    return static_cast<Kind>(0);
+}
+
+void test_failures() {
+    {
+        Ranks ranks = make(3, 1, 256);
+        each(ranks, [&](uint32_t r) {
+            PlanParameters p = ring(static_cast<int32_t>(r), 3, 100, 1, 64);
+            if (r == 1) p.signature = 78;
+            auto plan = std::make_shared<Plan>(p, 1, 256);
+            std::vector<float> in(100), out(100);
+            expect(kind_of([&] { ranks[r]->run(plan, in.data(), out.data(), patient); }) == Kind::mismatch, "mismatch");
+        });
+    }
+    {
+        Ranks ranks = make(3, 1, 256);
+        each(ranks, [&](uint32_t r) {
+            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 3, 100, 1, 64), 1, 256);
+            std::vector<float> in(100), out(100);
+            if (r == 2) return;
+            expect(kind_of([&] { ranks[r]->run(plan, in.data(), out.data(), std::chrono::milliseconds(100)); }) ==
+                       Kind::deadline,
+                   "deadline");
+        });
+    }
+    {
+        Ranks ranks = make(2, 1, 256);
+        each(ranks, [&](uint32_t r) {
+            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 2, 100, 1, 64), 1, 256);
+            std::vector<float> in(100), out(100);
+            if (r == 0)
+                ranks[r]->abort(static_cast<uint32_t>(Kind::aborted), "enough");
+            else
+                expect(kind_of([&] { ranks[r]->run(plan, in.data(), out.data(), patient); }) == Kind::aborted, "abort");
+        });
+    }
+    {
+        Ranks ranks = make(2, 1, 256);
+        auto plan = std::make_shared<Plan>(ring(1, 2, 100, 1, 64), 1, 256);
+        std::vector<float> in(100), out(100);
+        ranks[0]->close();
+        expect(kind_of([&] { ranks[1]->run(plan, in.data(), out.data(), patient); }) == Kind::peer_lost, "closed peer");
+    }
+}
+
+// Whatever the code says, the parser refuses it or makes a plan that stays inside its buffers.
+void test_broken_plans() {
+    std::mt19937 random(11);
+    int refused = 0;
+    for (int i = 0; i < 20000; ++i) {
+        PlanParameters p = ring(0, 3, 100, 1, 64);
+        for (int change = 0; change < 3; ++change) {
+            const size_t at = random() % p.code.size();
+            p.code[at] = random() % 3 ? static_cast<int32_t>(random() % 12) - 2 : static_cast<int32_t>(random());
+        }
+        if (random() % 4 == 0) p.code.resize(random() % p.code.size());
+        if (random() % 4 == 0)
+            p.table[random() % p.table.size()] = static_cast<int64_t>(random()) * (random() % 2 ? 1 : -1);
+        if (kind_of([&] { Plan plan(p, 1, 256); }) == Kind::argument) ++refused;
+    }
+    expect(refused > 10000, "most random changes are refused");
+}
+
+}  // namespace
+
+int main() {
+    for (Maker maker : {Maker(ring), Maker(one_shot)})
+        for (uint32_t size : {1u, 2u, 3u, 4u})
+            for (int64_t count : {0, 1, 100, 5001})
+                for (uint32_t lanes : {1u, 2u})
+                    for (int mode = 0; mode < 3; ++mode) {
+                        if (size == 1 && maker == Maker(one_shot)) continue;
+                        test_all_reduce(maker, size, count, lanes, mode == 1, mode == 2);
+                    }
+    {
+        Ranks ranks = make(1, 1, 256);
+        ranks[0]->run(std::make_shared<Plan>(blank_plan(), 1, 256), nullptr, nullptr, patient);
+    }
+    test_messages();
+    test_failures();
+    test_broken_plans();
+    if (failures == 0) std::puts("engine: ok");
+    return failures != 0;
+}
