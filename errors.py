@@ -17,8 +17,8 @@ AbcclError
 from __future__ import annotations
 
 __all__ = [
-    "Aborted",
     "AbcclError",
+    "Aborted",
     "ArgumentError",
     "ClosedError",
     "CollectiveError",

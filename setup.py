@@ -49,7 +49,7 @@ def extensions() -> list[Pybind11Extension]:
         depends=HEADERS,
         include_dirs=["transports/native"],
         cxx_std=17,
-        extra_compile_args=["-O3", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"],
+        extra_compile_args=["-O3", "-falign-loops=64", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"],
         extra_link_args=["-pthread"],
     )
     return [native]

@@ -99,9 +99,7 @@ class Skeleton:
     largest: int
 
 
-def lower(
-    algorithm: Algorithm, rank: int, size: int, root: int = 0, scaling: Scaling = Scaling.NONE
-) -> Skeleton:
+def lower(algorithm: Algorithm, rank: int, size: int, root: int = 0, scaling: Scaling = Scaling.NONE) -> Skeleton:
     """Lower the schedule of one rank. Linear in the number of blocks moved.
 
     Raises:
@@ -140,7 +138,7 @@ class _Lowering:
             self._receives(index, step)
         for block in self.after:
             source = self._value(block, len(program))
-            home = (Place.OUTPUT, self._number(block), 0, 0)
+            home: Operand = (Place.OUTPUT, self._number(block), 0, 0)
             if self.scaling is Scaling.AFTER:
                 self.code += (Instruction.SCALE, *home, *source)
             elif source != home:
@@ -182,7 +180,7 @@ class _Lowering:
             numbers = [self._number(block) for block in message.blocks]
             self.code += (Instruction.RECV, _tag(message.blocks), message.peer, len(numbers), *numbers)
             for part, (block, number) in enumerate(zip(message.blocks, numbers, strict=True)):
-                operand = (Place.MESSAGE, number, register, part)
+                operand: Operand = (Place.MESSAGE, number, register, part)
                 if message.reduce:
                     folds.setdefault(block, []).append((message.peer, operand))
                 else:
@@ -196,8 +194,8 @@ class _Lowering:
             if self._is_read_after(block, index):
                 self._write(Instruction.COPY, block, operand)
         self.code.append(Instruction.RELEASE)
-        for message in step:
-            for block in message.blocks:
+        for sent_or_received in step:
+            for block in sent_or_received.blocks:
                 if not self._is_read_after(block, index):
                     self._forget(block)
 
@@ -381,8 +379,8 @@ def bind(
     if segment == 0:
         a = skeleton.algorithm
         raise ArgumentError(
-            f"{a.collective.value} {a.name} sends {skeleton.largest} blocks of {itemsize}-byte elements as one message, "
-            f"which must fit {slot_bytes} bytes: choose another algorithm, or larger slots"
+            f"{a.collective.value} {a.name} sends {skeleton.largest} blocks of {itemsize}-byte elements as one "
+            f"message, which must fit {slot_bytes} bytes: choose another algorithm, or larger slots"
         )
     longest = int(table[:, 0].max(initial=0))
     segment = max(1, min(segment, longest))

@@ -1,6 +1,7 @@
 """Communicators: what users call."""
 
-from .communicator import Communicator, connect, init, premul_sum
+from .binding import premul_sum
+from .communicator import Communicator, connect, init
 from .launch import spawn
 from .work import Work
 

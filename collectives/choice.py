@@ -40,7 +40,9 @@ def choose(collective: Collective, size: int, nbytes: int, asked: str | None = N
         chosen = lookup(collective, name)
         wants = chosen.refusal(size)
         if wants:
-            raise ArgumentError(f"{collective.value}: {name} wants {wants}, and there are {size}: choose another algorithm")
+            raise ArgumentError(
+                f"{collective.value}: {name} wants {wants}, and there are {size}: choose another algorithm"
+            )
         return chosen
     return lookup(collective, next(name for limit, name in _RULES[collective] if nbytes <= limit))
 

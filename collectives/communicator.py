@@ -1,7 +1,7 @@
 """The communicator: collectives and messages among a fixed group of ranks, on numpy arrays and torch tensors.
 
 A warm call is one lookup in the native dispatcher, which runs the bound plan. Only when arguments of some kind are
-seen for the first time does Python run: `_bind` checks them, chooses an algorithm, lowers it, and gives it sizes.
+seen for the first time does Python run (`binding.py`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,19 @@ import atexit
 import itertools
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..algorithms import Algorithm, Collective, replay
-from ..algorithms.plan import Scaling, Sizes, Skeleton, bind, cut, exchange, exchange_matrix, lower, parts
+from ..algorithms import Collective
 from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError, TransportError
-from ..transports import ANY_SOURCE, Operation, Transport, _native
+from ..transports import ANY_SOURCE, Transport, _native
 from ..transports.shm import ShmPlan, ShmTransport
-from ..transports.types import NUMBERS, OPERATORS, check_operator
-from .arrays import Array, View, view
+from .arrays import Array, view
+from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import Bootstrap, find
-from .choice import choose
 from .work import Work, WorkQueue
 
 TIMEOUT = 600.0
@@ -45,31 +41,8 @@ _SCATTER = _INDEX[Collective.SCATTER]
 _BARRIER = _INDEX[Collective.BARRIER]
 
 _SPLIT_TAG = -1
-_TESTED_UP_TO = 64
-_FORWARDING_FREE = ("pairwise", "direct")
 
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
-
-
-class PremulSum(NamedTuple):
-    """The operator that sums `factor` times each rank's value."""
-
-    factor: float
-
-
-def premul_sum(factor: float) -> PremulSum:
-    """The operator that sums `factor` times each rank's value, for floating and complex types."""
-    return PremulSum(float(factor))
-
-
-class _Uneven(NamedTuple):
-    """In the place of an operator: the operator, with the parts' sizes where they differ."""
-
-    op: str | PremulSum
-    counts: tuple[int, ...] | None = None
-    sent: tuple[int, ...] | None = None
-    received: tuple[int, ...] | None = None
-    matrix: tuple[tuple[int, ...], ...] | None = None
 
 
 class Communicator:
@@ -91,8 +64,8 @@ class Communicator:
         self._queue = WorkQueue(f"abccl rank {transport.rank}")
         self._generation = _native.fork_generation()
         self._closed = False
-        self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
-        self._interned: dict[_Uneven, _Uneven] = {}
+        self._binder = Binder(transport)
+        self._interned: dict[Uneven, Uneven] = {}
         self._splits = itertools.count()
         # Weak, or the dispatcher and the communicator would keep each other alive.
         this = weakref.ref(self)
@@ -102,6 +75,7 @@ class Communicator:
             lambda *arguments: _alive(this)._execute(*arguments),
             timeout,
         )
+        self._dispatcher = dispatcher
         self._call: Callable[..., Any] = dispatcher.function()
         _open.add(self)
 
@@ -153,7 +127,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             op, algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = op if counts is None else self._intern(_Uneven(op, counts=tuple(counts)))
+        extra = op if counts is None else self._intern(Uneven(op, counts=tuple(counts)))
         return self._call(_REDUCE_SCATTER, x, out, extra, 0, algorithm, async_op)
 
     def all_gather(
@@ -173,7 +147,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = None if counts is None else self._intern(_Uneven("sum", counts=tuple(counts)))
+        extra = None if counts is None else self._intern(Uneven(counts=tuple(counts)))
         return self._call(_ALL_GATHER, x, out, extra, 0, algorithm, async_op)
 
     def broadcast(self, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False) -> Any:
@@ -235,7 +209,7 @@ class Communicator:
         """
         extra = None
         if out_splits is not None or in_splits is not None:
-            extra = self._splits_of(out, x, out_splits, in_splits, algorithm)
+            extra = self._uneven_exchange(out, x, out_splits, in_splits, algorithm)
         return self._call(_ALL_TO_ALL, x, out, extra, 0, algorithm, async_op)
 
     def barrier(self, *, algorithm: str | None = None, async_op: bool = False) -> Any:
@@ -284,6 +258,11 @@ class Communicator:
         members.sort(key=lambda r: (int(everyone[r, 2]), r))
         return _connect(_Members(self, members, _SPLIT_TAG - number % (1 << 20)), self._transport.name, self.timeout)
 
+    def set_timeout(self, seconds: float) -> None:
+        """Set how long operations that start from now on wait for their peers."""
+        self.timeout = seconds
+        self._dispatcher.set_timeout(seconds)
+
     def abort(self, reason: str = "abort() was called") -> None:
         """Make every rank's present and future calls raise `Aborted`. From any thread."""
         self._transport.abort(Aborted(f"rank {self.rank}: {reason}"))
@@ -305,202 +284,39 @@ class Communicator:
             self.abort(f"left its communicator by {type(error).__name__}: {error}")
         self.close()
 
-    # ---- the cold path
+    # ---- how it is done
 
     def _bind(
-        self, index: int, x: Array, out: Array, op: str | PremulSum | _Uneven | None, root: int, algorithm: str | None
+        self, index: int, x: Array, out: Array, op: str | PremulSum | Uneven | None, root: int, algorithm: str | None
     ) -> Any:
-        """Check the arguments, choose an algorithm, and make its plan ready. The dispatcher keeps the result."""
+        """For the dispatcher, which keeps the result: make the plan of a call that it has not seen."""
         self._check_usable()
-        collective = _COLLECTIVES[index]
-        call = collective.value
-        if not isinstance(root, (int, np.integer)) or not 0 <= root < self.size:
-            raise ArgumentError(f"{call}: root must be a rank from 0 to {self.size - 1}, and is {root!r}")
-        uneven = op if isinstance(op, _Uneven) else _Uneven(op if op is not None else "sum")
-        source, target = self._views(collective, x, out, root)
-        dtype = (source or target or _NOTHING).dtype
-        name, scaling, factor = self._operator(collective, uneven.op, dtype)
-        itemsize = (source or target or _NOTHING).itemsize
-        nbytes = max((v.count * itemsize for v in (source, target) if v), default=0)
-        if collective.reduces:
-            assert source is not None
-            nbytes = source.count * itemsize
-        # Of a rooted collective only the root sees all parts: the other ranks must come to the same number.
-        if collective in (Collective.GATHER, Collective.SCATTER):
-            nbytes = (source if collective is Collective.GATHER else target or _NOTHING).count * itemsize * self.size  # type: ignore[union-attr]
-        if collective is Collective.ALL_TO_ALL and uneven.sent is not None:
-            chosen = choose(collective, self.size, 0, algorithm or _FORWARDING_FREE[0])
-        else:
-            chosen = choose(collective, self.size, nbytes, algorithm)
-        _prove(chosen, self.size, int(root))
-        skeleton = self._skeleton(chosen, int(root), scaling)
-        sizes = self._sizes(collective, source, target, uneven, chosen)
-        plan = bind(skeleton, sizes, itemsize, slot_bytes=self._transport.slot_bytes, lanes=self._lanes(chosen))
-        elements = {
-            Collective.ALL_TO_ALL: "split elements" if uneven.sent is not None else None,
-            Collective.SCATTER: f"{(target or _NOTHING).count} elements a rank",
-            Collective.REDUCE_SCATTER: None if uneven.counts is None else f"{uneven.counts} elements",
-            Collective.ALL_GATHER: None if uneven.counts is None else f"{uneven.counts} elements",
-        }.get(collective)
-        details = [
-            dtype,
-            *([f"premul_sum {factor}" if scaling is Scaling.BEFORE else self._op_name(uneven.op)] * collective.reduces),
-            elements or f"{(source or _NOTHING).count} elements",
-            *([f"root {root}"] * collective.rooted),
-            chosen.name,
-        ]
-        text = f"{call}({', '.join(details)})" if collective is not Collective.BARRIER else f"barrier({chosen.name})"
-        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
-        operation = Operation(NUMBERS[dtype], OPERATORS[name], factor, signature, text)
-        prepared = self._transport.prepare(plan, operation)
+        prepared = self._binder.bind(_COLLECTIVES[index], x, out, op, root, algorithm)
         return prepared.native if isinstance(prepared, ShmPlan) else prepared
 
-    def _views(self, collective: Collective, x: Array, out: Array, root: int) -> tuple[View | None, View | None]:
-        """The buffers that take part, checked for what the collective asks of them."""
-        call = collective.value
-        if collective is Collective.BARRIER:
-            return None, None
-        at_root = self.rank == root
-        reads = collective is not Collective.SCATTER or at_root
-        writes = at_root if collective in (Collective.GATHER, Collective.REDUCE) else True
-        for array, used, name in ((x, reads, "x"), (out, writes, "out")):
-            if used and array is None:
-                where = f" on rank {self.rank}, the root" if collective.rooted else ""
-                raise ArgumentError(f"{call}: {name} must be an array{where}, and is None")
-        in_place = out is x
-        source = view(x, "x", call, writable=in_place and writes) if reads else None
-        target = view(out, "x" if in_place else "out", call, writable=True) if writes else None
-        if source and target:
-            if source.dtype != target.dtype:
-                raise ArgumentError(f"{call}: x is {source.dtype} and out is {target.dtype}: both must be of one type")
-            self._check_overlap(collective, source, target)
-        return source, target
-
-    def _check_overlap(self, collective: Collective, source: View, target: View) -> None:
-        """In place is allowed where a part lies at its natural offset."""
-        if not source.count or not target.count or source.end <= target.address or target.end <= source.address:
-            return
-        same = source.address == target.address and source.count == target.count
-        if collective in (Collective.ALL_REDUCE, Collective.BROADCAST, Collective.REDUCE) and same:
-            return
-        own = {
-            Collective.ALL_GATHER: (source, target),
-            Collective.GATHER: (source, target),
-            Collective.REDUCE_SCATTER: (target, source),
-            Collective.SCATTER: (target, source),
-        }.get(collective)
-        if own and own[0].address == own[1].address + self.rank * own[0].count * own[0].itemsize:
-            return
-        raise ArgumentError(
-            f"{collective.value}: x and out overlap"
-            + (", other than at this rank's own part" if own else "")
-            + ": pass a copy of x"
-        )
-
-    def _operator(
-        self, collective: Collective, op: str | PremulSum, dtype: str
-    ) -> tuple[str, Scaling, float]:
-        if not collective.reduces:
-            return "sum", Scaling.NONE, 1.0
-        name = self._op_name(op)
-        if name == "premul_sum" and not isinstance(op, PremulSum):
-            raise ArgumentError("premul_sum wants its factor: pass op=abccl.premul_sum(0.5)")
-        check_operator(name, dtype)
-        if isinstance(op, PremulSum):
-            return "sum", Scaling.BEFORE, op.factor
-        return ("sum", Scaling.AFTER, 1.0 / self.size) if name == "avg" else (name, Scaling.NONE, 1.0)
-
-    @staticmethod
-    def _op_name(op: Any) -> str:
-        return "premul_sum" if isinstance(op, PremulSum) else str(op)
-
-    def _sizes(
-        self, collective: Collective, source: View | None, target: View | None, uneven: _Uneven, chosen: Algorithm
-    ) -> Sizes:
-        call, size = collective.value, self.size
-        if collective is Collective.BARRIER:
-            return parts(collective, self.rank, [0] * size)
-        if collective.cut:
-            assert source is not None
-            if target is not None and target.count != source.count:
-                raise ArgumentError(f"{call}: out must have {source.count} elements as x has, and has {target.count}")
-            return cut(source.count, chosen.blocks(size), source.itemsize)
-        if collective is Collective.ALL_TO_ALL:
-            assert source is not None and target is not None
-            return self._exchange_sizes(source, target, uneven)
-        gathers = collective in (Collective.ALL_GATHER, Collective.GATHER)
-        part, whole = (source, target) if gathers else (target, source)
-        assert part is not None
-        counts = uneven.counts or (part.count,) * size
-        if len(counts) != size or min(counts) < 0:
-            raise ArgumentError(f"{call}: counts must name {size} sizes, one for each rank, and is {list(counts)}")
-        if part.count != counts[self.rank]:
-            raise ArgumentError(
-                f"{call}: {part.name} has {part.count} elements, and counts gives rank {self.rank} {counts[self.rank]}"
-            )
-        if whole is not None and whole.count != sum(counts):
-            how = f"{size} x {part.count} =" if uneven.counts is None else "the sum of counts,"
-            raise ArgumentError(f"{call}: {whole.name} must have {how} {sum(counts)} elements, and has {whole.count}")
-        return parts(collective, self.rank, counts)
-
-    def _exchange_sizes(self, source: View, target: View, uneven: _Uneven) -> Sizes:
-        size = self.size
-        if uneven.sent is None or uneven.received is None:
-            if source.count % size or target.count != source.count:
-                raise ArgumentError(
-                    f"all_to_all: without splits x and out have equal parts for {size} ranks; x has {source.count} "
-                    f"elements and out {target.count}: pass out_splits and in_splits"
-                )
-            return exchange(self.rank, [source.count // size] * size, [target.count // size] * size)
-        if uneven.matrix is not None:
-            return exchange_matrix(self.rank, uneven.matrix)
-        return exchange(self.rank, uneven.sent, uneven.received)
-
-    def _splits_of(
+    def _uneven_exchange(
         self,
         out: Array,
         x: Array,
         out_splits: Sequence[int] | None,
         in_splits: Sequence[int] | None,
         algorithm: str | None,
-    ) -> _Uneven:
-        def check(name: str, array: Array, of: str, splits: Sequence[int] | None) -> tuple[int, ...]:
-            count = view(array, of, "all_to_all").count
-            if splits is None:
-                if count % self.size:
-                    raise ArgumentError(f"all_to_all: {of} has {count} elements, not {self.size} equal parts: give {name}")
-                splits = [count // self.size] * self.size
-            splits = tuple(int(split) for split in splits)
-            if len(splits) != self.size or min(splits) < 0 or sum(splits) != count:
-                raise ArgumentError(
-                    f"all_to_all: {name} must be {self.size} sizes that add up to the {count} elements of {of}, and is "
-                    f"{list(splits)}, which add up to {sum(splits)}"
-                )
-            return splits
-
+    ) -> Uneven:
         self._check_usable()
-        sent, received = check("in_splits", x, "x", in_splits), check("out_splits", out, "out", out_splits)
+        sent = check_splits(x, "x", "in_splits", in_splits, self.size)
+        received = check_splits(out, "out", "out_splits", out_splits, self.size)
         matrix = None
-        if algorithm is not None and algorithm not in _FORWARDING_FREE:
+        if algorithm is not None and algorithm not in FORWARDING_FREE:
             rows = np.empty((self.size, self.size), dtype=np.int64)
             self.all_gather(rows, np.array(sent, dtype=np.int64))
             matrix = tuple(tuple(row) for row in rows.tolist())
-        return self._intern(_Uneven("sum", sent=sent, received=received, matrix=matrix))
+        return self._intern(Uneven(sent=sent, received=received, matrix=matrix))
 
-    def _intern(self, uneven: _Uneven) -> _Uneven:
+    def _intern(self, uneven: Uneven) -> Uneven:
         """One object for equal values: the dispatcher tells them apart by identity."""
         if len(self._interned) > 1024:
             self._interned.clear()
         return self._interned.setdefault(uneven, uneven)
-
-    def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:
-        key = (algorithm, root, scaling)
-        if key not in self._skeletons:
-            self._skeletons[key] = lower(algorithm, self.rank, self.size, root, scaling)
-        return self._skeletons[key]
-
-    def _lanes(self, algorithm: Algorithm) -> int:
-        return self._transport.lanes
 
     def _execute(
         self, prepared: Any, x: Array, out: Array, x_address: int, out_address: int, asynchronous: bool
@@ -552,9 +368,6 @@ class Communicator:
                 "this communicator belongs to the parent of this process, which was forked: make one in the child "
                 "with abccl.init(), or start ranks with abccl.spawn()"
             )
-
-
-_NOTHING = View("", "uint8", 0, 1, 0)
 
 
 class _Members(Bootstrap):
@@ -613,13 +426,6 @@ def _connect(bootstrap: Bootstrap, transport: str, timeout: float) -> Communicat
     if transport != "shm":
         raise ArgumentError(f"no transport is called {transport!r} here: there is shm (shared memory, one host)")
     return Communicator(ShmTransport(bootstrap.rank, bootstrap.size, bootstrap.exchange), timeout=timeout)
-
-
-@lru_cache(maxsize=None)
-def _prove(algorithm: Algorithm, size: int, root: int) -> None:
-    """Replay a user's algorithm before its first use; the library's own are proved by its tests."""
-    if not algorithm.function.__module__.startswith(f"{__package__.split('.')[0]}.algorithms") and size <= _TESTED_UP_TO:
-        replay(algorithm, size, root)
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

@@ -31,7 +31,7 @@ EVERY = [a for c in Collective for a in algorithms(c).values()]
 every = pytest.mark.parametrize("a", EVERY, ids=lambda a: f"{a.collective.value}-{a.name}")
 
 
-@pytest.mark.parametrize(("collective", "name"), itertools.product(FIVE, ["ring", "tree", "recursive_doubling"]))
+@pytest.mark.parametrize(("collective", "name"), [*itertools.product(FIVE, ["ring", "tree", "recursive_doubling"])])
 def test_the_fifteen_cells_are_there_and_unrestricted(collective: str, name: str) -> None:
     assert lookup(Collective(collective), name).restrictions == ()
 

@@ -43,9 +43,7 @@ def test_counts_known_from_the_literature(collective: str, name: str, size: int,
 def test_a_wrong_closed_form_is_refused() -> None:
     ring = lookup(Collective.ALL_GATHER, "ring")
     wrong = dataclasses.replace(ring, counts=lambda p: Counts(p, Fraction(1), Fraction(0)))
-    with pytest.raises(
-        ScheduleError, match=r"3 ranks: the schedule has 2 steps, 2/3 sent.*declared are 3 steps, 1 sent"
-    ):
+    with pytest.raises(ScheduleError, match=r"3 ranks: the schedule has 2 steps, 2/3 .* are 3 steps, 1 sent"):
         check_counts(replay(wrong, 3))
     check_counts(replay(dataclasses.replace(ring, counts=None), 3))
 

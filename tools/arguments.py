@@ -38,9 +38,9 @@ def rank_numbers(text: str) -> list[int]:
     """
     found: set[int] = set()
     for word in text.split(","):
-        first, _, last = word.partition("-")
+        first, dash, last = word.partition("-")
         try:
-            numbers = range(int(first), int(last or first) + 1)
+            numbers = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             numbers = range(0)
         if not numbers or numbers[0] < 1:

@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": ".verify:verify",
     "show": ".show:show",
     "draw": ".draw:draw",
+    "bench": "..bench.__main__:bench",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ..algorithms import Algorithm, Collective, algorithms, check_counts, lookup, replay
+from ..algorithms import Algorithm, Collective, algorithms, check_counts, replay
 from ..errors import ArgumentError, ScheduleError
 from .arguments import load, ranges, rank_numbers, to_collective
 
@@ -54,18 +55,18 @@ def verify(file: Path | None, collectives: tuple[str, ...], names: tuple[str, ..
 
 
 def _choose(file: Path | None, collectives: list[Collective], names: tuple[str, ...]) -> list[Algorithm]:
-    """The algorithms of the file, or all, less those that were not asked for."""
-    if file:
-        chosen = load(file)
-        known = {a.name for a in chosen}
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise ArgumentError(f"{file} has no algorithm {missing[0]!r}: it has {', '.join(sorted(known))}")
-        chosen = [a for a in chosen if not collectives or a.collective in collectives]
-    elif names and collectives:
-        return [lookup(c, name) for c in collectives for name in names]
-    else:
-        chosen = [a for c in collectives or Collective for a in algorithms(c).values()]
+    """The algorithms of the file, or all, less those that were not asked for.
+
+    Raises:
+        ArgumentError: a name is nobody's; near names are in the message.
+    """
+    chosen = load(file) if file else [a for c in Collective for a in algorithms(c).values()]
+    chosen = [a for a in chosen if not collectives or a.collective in collectives]
+    known = {a.name for a in chosen}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+            raise ArgumentError(f"no algorithm is called {name!r}: did you mean {' or '.join(near) or 'another file'}?")
     return [a for a in chosen if not names or a.name in names]
 
 

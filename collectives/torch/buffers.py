@@ -25,22 +25,21 @@ def plain(tensor: Tensor) -> bool:
 
 
 def as_bytes(flat: Tensor) -> Tensor:
-    """A flat tensor of an element type that is only moved, not computed with (float8, ...), as bytes."""
-    return flat if flat.dtype in _SERVED else flat.view(torch.uint8)
+    """A contiguous tensor of an element type that is only moved, not computed with (float8, ...), as bytes."""
+    return flat if flat.dtype in _SERVED else flat.detach().view(-1).view(torch.uint8)
 
 
 def reading(tensor: Tensor) -> Tensor:
-    """A flat buffer with the values of the tensor."""
-    tensor = tensor.detach()
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+    """A contiguous buffer with the values of the tensor."""
+    return tensor if plain(tensor) else tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def writing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
-    """A flat buffer for the values of the tensor, and what takes them there if it is another's memory."""
+    """A contiguous buffer for the values of the tensor, and what takes them there if it is another's memory."""
+    if plain(tensor):
+        return tensor, None
     target = tensor.detach()
-    if plain(target):
-        return target.view(-1), None
-    flat = target.new_empty(target.numel())
+    flat = target.new_empty(target.shape)
     return flat, lambda: _copy(target, flat)
 
 
@@ -48,14 +47,14 @@ def changing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
     """Like `writing`, filled with the values of the tensor."""
     flat, finish = writing(tensor)
     if finish is not None:
-        flat.copy_(tensor.detach().reshape(-1))
+        flat.copy_(tensor.detach())
     return flat, finish
 
 
 def reading_all(tensors: Sequence[Tensor]) -> Tensor:
     """A flat buffer with the values of all tensors, one after the other."""
     joined = _joined(tensors)
-    return torch.cat([reading(tensor) for tensor in tensors]) if joined is None else joined
+    return torch.cat([reading(tensor).detach().view(-1) for tensor in tensors]) if joined is None else joined
 
 
 def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
@@ -67,7 +66,7 @@ def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
     flat = tensors[0].new_empty(sum(sizes))
 
     def finish() -> None:
-        for tensor, piece in zip(tensors, flat.split(sizes)):
+        for tensor, piece in zip(tensors, torch.split(flat, sizes)):
             _copy(tensor.detach(), piece)
 
     return flat, finish

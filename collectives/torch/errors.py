@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -12,11 +12,14 @@ from ...errors import AbcclError
 _Backend: Any = dist.DistBackendError
 
 
-@lru_cache(maxsize=None)
-def _twin(kind: type[AbcclError]) -> type[AbcclError]:
-    return kind if issubclass(kind, _Backend) else type(kind.__name__, (kind, _Backend), {"__module__": kind.__module__})
+@cache
+def _twin(kind: Any) -> Any:
+    if issubclass(kind, _Backend):
+        return kind
+    return type(kind.__name__, (kind, _Backend), {"__module__": kind.__module__})
 
 
 def torch_error(error: AbcclError) -> AbcclError:
     """The same error, that is a `torch.distributed.DistBackendError` (and so a RuntimeError) too."""
-    return _twin(type(error))(*error.args)
+    twin: AbcclError = _twin(type(error))(*error.args)
+    return twin

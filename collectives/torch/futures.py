@@ -26,7 +26,7 @@ class GroupWork(dist.Work):
         parts: the native operations; with none it is finished already.
         result: what the future will hold.
         finish: copies the result to where it belongs. Called once, by whoever first sees that all parts are finished.
-        completion: the thread that completes futures.
+        completion: the thread that completes futures. None for a message, which finishes in no order with others.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GroupWork(dist.Work):
         """The same as `wait`: there are no streams here."""
         self.wait()
 
-    def get_future(self) -> torch.futures.Future[list[Any]]:
+    def get_future(self) -> Any:
         """A future of the result. Made on demand: most callers only wait."""
         with self._lock:
             if self._future is None:
@@ -101,10 +101,12 @@ class GroupWork(dist.Work):
                 # C++ must never see a future whose error was set from Python: DDP's reducer would crash. An error that
                 # a callback raises is safe. The callback does not hold this work, or they would keep each other alive.
                 self._future = source.then(partial(_value, self._result))
-                if self._completion is None or self.is_completed():
+                if self.is_completed():
                     source.set_result(self.exception())
-                else:
+                elif self._completion is not None:
                     self._completion.add(self, source)
+                else:
+                    Completion("abccl message").add(self, source, last=True)
             return self._future
 
     def source_rank(self) -> int:
@@ -141,9 +143,11 @@ class Completion:
         self._queue: queue.SimpleQueue[tuple[GroupWork, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def add(self, work: GroupWork, source: Any) -> None:
-        """Complete `source` when the work is finished."""
+    def add(self, work: GroupWork, source: Any, last: bool = False) -> None:
+        """Complete `source` when the work is finished; end the thread after the last one."""
         self._queue.put((work, source))
+        if last:
+            self._queue.put(None)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()

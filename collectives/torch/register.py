@@ -19,7 +19,8 @@ def register() -> None:
     dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
     # From torch 2.15 on, a flight recorder is attached to every group that is not in this set, and throws on a group
     # that is written in Python.
-    getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set()).add(NAME)
+    self_recording: set[str] = getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set())
+    self_recording.add(NAME)
 
 
 def create(options: Any, backend_options: Any = None) -> Any:

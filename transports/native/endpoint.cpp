@@ -108,7 +108,7 @@ void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count,
         if (streaming)
             copy_streaming(destination, spans[i].data, spans[i].bytes);
         else
-            std::memcpy(destination, spans[i].data, spans[i].bytes);
+            copy(destination, spans[i].data, spans[i].bytes);
         destination += spans[i].bytes;
     }
 }

@@ -85,6 +85,8 @@ class Endpoint {
     uint64_t sequence() const { return sequence_; }
     // Throws Mismatch if `peer` is known to have called something else as its collective of the present number.
     void compare(uint32_t peer);
+    // Whether `peer` has entered the present collective.
+    bool entered(uint32_t peer) const { return control(peer).entered.load(std::memory_order_acquire) >= sequence_; }
     // What `peer` is doing, for messages to people.
     std::string status(uint32_t peer) const;
     // A message of collective number `sequence()` from `peer` had the wrong signature or length: throws Mismatch.

@@ -1,7 +1,6 @@
 #include "execution.hpp"
 
-#include <cstring>
-
+#include "copy.hpp"
 #include "fold.hpp"
 
 namespace abccl {
@@ -87,7 +86,7 @@ bool Execution::run(uint32_t lane_index) {
                 const int64_t elements = plan.elements(row.destination.block, lane.segment);
                 uint8_t* to = address(row.destination, lane);
                 const uint8_t* from = address(plan.operands[row.first], lane);
-                if (elements != 0 && to != from) std::memcpy(to, from, static_cast<size_t>(elements) * plan.itemsize);
+                if (elements != 0 && to != from) abccl::copy(to, from, static_cast<size_t>(elements) * plan.itemsize);
                 break;
             }
             case Instruction::scale: {
@@ -180,18 +179,25 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
 
 std::string Execution::blame() const {
     const Plan& plan = *plan_;
+    const std::string self = plan.parameters.text + " #" + std::to_string(endpoint_.sequence()) + ": rank " +
+                             std::to_string(endpoint_.rank());
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
         if (lane.segment >= plan.parameters.segments) continue;
         const Row& row = plan.rows[lane.row];
         const bool sending = row.instruction == Instruction::send;
         const uint32_t peer = plan.peers[row.peers];
-        return plan.parameters.text + " #" + std::to_string(endpoint_.sequence()) + ": rank " +
-               std::to_string(endpoint_.rank()) + " waits at step " + std::to_string(plan.step_of(lane.row)) +
-               (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
-               (sending ? " to rank " : " from rank ") + std::to_string(peer) + ", " + endpoint_.status(peer);
+        std::string text = self + " waits at step " + std::to_string(plan.step_of(lane.row) + 1) +
+                           (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
+                           (sending ? " to rank " : " from rank ") + std::to_string(peer) + ", " +
+                           endpoint_.status(peer);
+        // Whom it waits for may itself wait for a rank that has not come.
+        for (uint32_t other = 0; other < endpoint_.geometry().size; ++other)
+            if (other != peer && other != endpoint_.rank() && !endpoint_.entered(other))
+                text += "; rank " + std::to_string(other) + " is one " + endpoint_.status(other);
+        return text;
     }
-    return plan.parameters.text + ": nothing is waited for";
+    return self + " waits for nothing";
 }
 
 }  // namespace abccl

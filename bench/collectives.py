@@ -1,0 +1,172 @@
+"""What is measured: of each collective the buffers and the bandwidth convention, as one table.
+
+The conventions are those of nccl-tests. `size` is the bytes of a rank's largest buffer, `count` the elements of one
+rank's part (of the whole vector for all_reduce, broadcast and reduce). algbw is size / time. busbw is algbw times the
+bus factor: the share of `size` that a rank must send at least, so that it compares with what a link can do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..algorithms import Collective
+from ..errors import ArgumentError
+from ..transports.types import element_type
+
+OPERATORS = ("sum", "prod", "min", "max", "avg", "band", "bor", "bxor", "premul_sum")
+"""What --op may be; premul_sum is measured with the factor 1 / ranks."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the benchmark must know of one collective.
+
+    Attributes:
+        x_parts: whether the buffer `x` has a part for each rank.
+        out_parts: whether `out` has.
+        bus: the bus factor, by the number of ranks.
+        both_ways: whether it can be called in place and out of place; else there is one natural form.
+        in_place: the form that is measured unless told otherwise.
+        chained: whether a rank can not return before every other has entered, so that a loop measures latency.
+    """
+
+    x_parts: bool
+    out_parts: bool
+    bus: Callable[[int], float]
+    both_ways: bool = False
+    in_place: bool = False
+    chained: bool = True
+
+
+def _twice(ranks: int) -> float:
+    return 2 * (ranks - 1) / ranks
+
+
+def _others(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _whole(ranks: int) -> float:
+    return 1.0
+
+
+def _none(ranks: int) -> float:
+    return 0.0
+
+
+FACTS = {
+    Collective.ALL_REDUCE: Facts(False, False, _twice, both_ways=True, in_place=True),
+    Collective.REDUCE_SCATTER: Facts(True, False, _others),
+    Collective.ALL_GATHER: Facts(False, True, _others),
+    Collective.ALL_TO_ALL: Facts(True, True, _others),
+    Collective.BROADCAST: Facts(False, False, _whole, in_place=True, chained=False),
+    Collective.REDUCE: Facts(False, False, _whole, both_ways=True, in_place=True, chained=False),
+    Collective.GATHER: Facts(False, True, _others, chained=False),
+    Collective.SCATTER: Facts(True, False, _others, chained=False),
+    Collective.BARRIER: Facts(False, False, _none),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: a collective on buffers of one size.
+
+    Attributes:
+        collective: which.
+        dtype: the element type.
+        op: the operator; "" where nothing is reduced.
+        count: elements of a part (see the module).
+        ranks: how many take part.
+        in_place: whether the result goes where the input was.
+    """
+
+    collective: Collective
+    dtype: str
+    op: str
+    count: int
+    ranks: int
+    in_place: bool
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the collective."""
+        return FACTS[self.collective]
+
+    @property
+    def x_count(self) -> int:
+        """Elements of the buffer `x`."""
+        return self.count * (self.ranks if self.facts.x_parts else 1)
+
+    @property
+    def out_count(self) -> int:
+        """Elements of the buffer `out`."""
+        return self.count * (self.ranks if self.facts.out_parts else 1)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the largest buffer."""
+        return max(self.x_count, self.out_count) * element_type(self.dtype).itemsize
+
+    @property
+    def text(self) -> str:
+        """It in words, for messages."""
+        return " ".join(filter(None, (self.collective.value, self.op, f"of {self.count} {self.dtype}")))
+
+    def algbw(self, seconds: float) -> float:
+        """Algorithm bandwidth in GB/s."""
+        return self.size / seconds / 1e9
+
+    def busbw(self, seconds: float) -> float:
+        """Bus bandwidth in GB/s."""
+        return self.algbw(seconds) * self.facts.bus(self.ranks)
+
+
+def cases(
+    collective: Collective, ranks: int, sizes: tuple[int, int, int], dtype: str, op: str, in_place: bool
+) -> Iterator[Case]:
+    """The cases from the smallest to the largest size, each `factor` times the one before.
+
+    A size is rounded down to whole elements, the same number for each rank, but at least one.
+
+    Args:
+        sizes: smallest, largest, factor.
+    """
+    if collective is Collective.BARRIER:
+        yield Case(collective, dtype, "", 0, ranks, in_place)
+        return
+    facts = FACTS[collective]
+    share = element_type(dtype).itemsize * (ranks if facts.x_parts or facts.out_parts else 1)
+    smallest, largest, factor = sizes
+    last = 0
+    for step in range(1 + int(math.log(largest / smallest, factor) + 1e-9)):
+        count = max(1, smallest * factor**step // share)
+        if count > last:
+            yield Case(collective, dtype, op if collective.reduces else "", count, ranks, in_place)
+        last = count
+
+
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3}
+
+
+def to_bytes(text: str) -> int:
+    """A size as users write it: 4, 64K, 1.5M, 1KiB. K, M and G are powers of 1024, as in nccl-tests.
+
+    Raises:
+        ArgumentError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * 1024 ** _UNITS[found[2].upper()] if found else 0.0
+    if size < 1 or size != int(size):
+        raise ArgumentError(f"{text!r} is no size: wanted is a whole number of bytes, written as 4, 64K, 16MiB or 1G")
+    return int(size)
+
+
+def in_words(size: int) -> str:
+    """Bytes in the largest unit that gives a whole number: 65536 -> 64 KiB."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size and size % 1024**power == 0:
+            return f"{size // 1024**power} {unit}"
+    return f"{size} B"

@@ -1,0 +1,313 @@
+"""Who is measured. A peer is how to call a collective on prepared buffers, through the door that its users use.
+
+    abccl, direct     the Communicator, on numpy arrays or torch tensors
+    abccl, torch      torch.distributed with backend "abccl", on torch tensors
+    gloo              torch.distributed with backend "gloo", on torch tensors
+    mpi               mpi4py's buffer calls ([array, MPI.FLOAT]), on numpy arrays
+
+All of them get the same memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..algorithms import Collective
+from ..collectives import premul_sum
+from ..errors import AbcclError, ArgumentError
+from ..transports.types import element_type, numpy_dtype
+from .collectives import Case
+from .data import Values
+from .measure import Call
+from .world import World, import_or
+
+DOORS = ("direct", "torch")
+"""The ways to abccl."""
+
+
+class Buffers:
+    """Memory for one case: `x` and `out`, as numpy arrays and as torch tensors.
+
+    It is allocated as users of the library would: numpy's large arrays begin 16 bytes behind a page, torch's are
+    aligned to 64 bytes.
+
+    Attributes:
+        library: "numpy" or "torch": who allocated it.
+    """
+
+    def __init__(self, case: Case, library: str) -> None:
+        self.case, self.library = case, library
+        self._tensors: dict[str, Any] = {}
+        counts = {"x": case.x_count, "out": 0 if case.in_place else case.out_count}
+        if library == "torch":
+            torch = _torch()
+            self._tensors = {
+                name: torch.empty(count, dtype=getattr(torch, case.dtype)) for name, count in counts.items()
+            }
+        self._arrays: dict[str, Values] = {
+            name: self._tensors[name].view(torch.uint8).numpy().view(numpy_dtype(case.dtype))
+            if library == "torch"
+            else np.empty(count, numpy_dtype(case.dtype))
+            for name, count in counts.items()
+        }
+
+    @property
+    def x(self) -> Values:
+        """The input."""
+        return self._arrays["x"]
+
+    @property
+    def result(self) -> Values:
+        """Where the result goes."""
+        return self._arrays["x" if self.case.in_place else "out"]
+
+    def arrays(self) -> tuple[Values, Values]:
+        """`x` and `out` as numpy arrays."""
+        return self._arrays["x"], self._arrays["out"]
+
+    def tensors(self) -> tuple[Any, Any]:
+        """`x` and `out` as torch tensors."""
+        if not self._tensors:
+            torch = _torch()
+            for name, array in self._arrays.items():
+                self._tensors[name] = torch.from_numpy(array.view(np.uint8)).view(getattr(torch, self.case.dtype))
+        return self._tensors["x"], self._tensors["out"]
+
+
+class Peer(ABC):
+    """A library, reached in one way.
+
+    Attributes:
+        name: of the library.
+        door: the way to abccl that it is compared with; for abccl itself, the way.
+        algorithm: the algorithm asked for; "auto" if the library chooses.
+    """
+
+    name: str
+    door: str
+    algorithm = "auto"
+
+    @abstractmethod
+    def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
+        """The call, ready to be made; the arguments are put together now.
+
+        Raises:
+            ArgumentError: the library has no such collective, type or operator.
+        """
+
+    def first(self, call: Call, case: Case) -> None:
+        """Make a call for the first time.
+
+        Raises:
+            ArgumentError: the library refuses it, with its reason.
+        """
+        try:
+            call()
+        except AbcclError:
+            raise
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # mpi4py's and torch's are RuntimeErrors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ArgumentError(f"{self.name} refuses {case.text} ({reason}): leave it out") from error
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """Its version, and the settings that its speed depends on."""
+
+
+class AbcclDirect(Peer):
+    """abccl's own calls."""
+
+    name, door = "abccl", "direct"
+
+    def __init__(self, world: World, algorithm: str, array: str) -> None:
+        self.comm, self.rank, self.algorithm, self.array = world.comm, world.rank, algorithm, array
+
+    def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
+        """See `Peer.prepare`."""
+        comm, here = self.comm, self.rank == root
+        x, out = buffers.arrays() if self.array == "numpy" else buffers.tensors()
+        op = premul_sum(1 / case.ranks) if case.op == "premul_sum" else case.op
+        forced = {} if self.algorithm == "auto" else {"algorithm": self.algorithm}
+        options: dict[str, Any] = forced if case.in_place else {"out": out, **forced}
+        match case.collective:
+            case Collective.ALL_REDUCE:
+                return partial(comm.all_reduce, x, op, **options)
+            case Collective.REDUCE:
+                return partial(comm.reduce, x, op, root, **options)
+            case Collective.REDUCE_SCATTER:
+                return partial(comm.reduce_scatter, out, x, op, **forced)
+            case Collective.ALL_GATHER:
+                return partial(comm.all_gather, out, x, **forced)
+            case Collective.ALL_TO_ALL:
+                return partial(comm.all_to_all, out, x, **forced)
+            case Collective.BROADCAST:
+                return partial(comm.broadcast, x, root, **forced)
+            case Collective.GATHER:
+                return partial(comm.gather, out if here else None, x, root, **forced)
+            case Collective.SCATTER:
+                return partial(comm.scatter, out, x if here else None, root, **forced)
+            case Collective.BARRIER:
+                return partial(comm.barrier, **forced)
+
+    def about(self) -> dict[str, str]:
+        """See `Peer.about`."""
+        return {"version": _abccl_version(), **_settings("ABCCL_")}
+
+
+class TorchPeer(Peer):
+    """A backend of torch.distributed, in a group of its own."""
+
+    def __init__(self, world: World, backend: str) -> None:
+        self.rank, self.distributed = world.rank, world.distributed()
+        self.group = self.distributed.new_group(backend=backend)
+
+    def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
+        """See `Peer.prepare`."""
+        dist, group, here = self.distributed, self.group, self.rank == root
+        x, out = buffers.tensors()
+        if not case.in_place and case.facts.both_ways:
+            raise ArgumentError(f"torch.distributed has {case.collective.value} in place only: leave out --out-of-place")
+        if case.op == "premul_sum":
+            raise ArgumentError("torch.distributed has premul_sum for NCCL only: take another --op, or --through direct")
+        op = getattr(dist.ReduceOp, case.op.upper()) if case.op else None
+        match case.collective:
+            case Collective.ALL_REDUCE:
+                return partial(dist.all_reduce, x, op, group)
+            case Collective.REDUCE:
+                return partial(dist.reduce, x, root, op, group)
+            case Collective.REDUCE_SCATTER:
+                return partial(dist.reduce_scatter_tensor, out, x, op, group)
+            case Collective.ALL_GATHER:
+                return partial(dist.all_gather_into_tensor, out, x, group)
+            case Collective.ALL_TO_ALL:
+                return partial(dist.all_to_all_single, out, x, group=group)
+            case Collective.BROADCAST:
+                return partial(dist.broadcast, x, root, group)
+            case Collective.GATHER:
+                return partial(dist.gather, x, list(out.chunk(case.ranks)) if here else None, root, group)
+            case Collective.SCATTER:
+                return partial(dist.scatter, out, list(x.chunk(case.ranks)) if here else None, root, group)
+            case Collective.BARRIER:
+                return partial(dist.barrier, group)
+
+
+class AbcclTorch(TorchPeer):
+    """abccl as a backend of torch.distributed."""
+
+    name, door = "abccl", "torch"
+
+    def __init__(self, world: World, algorithm: str) -> None:
+        # Beside the entry point, for a checkout that is not installed. Idempotent.
+        remedy = "this build has no torch backend; measure with --through direct"
+        import_or(f"{__package__.rpartition('.')[0]}.collectives.torch.register", remedy).register()
+        if algorithm != "auto":  # torch's calls have no argument for it
+            os.environ["ABCCL_ALGORITHM"] = algorithm
+        self.algorithm = algorithm
+        super().__init__(world, "abccl")
+
+    def about(self) -> dict[str, str]:
+        """See `Peer.about`."""
+        return {"version": f"{_abccl_version()}, torch {_torch().__version__}", **_settings("ABCCL_")}
+
+
+class Gloo(TorchPeer):
+    """torch's own backend for CPUs."""
+
+    name, door = "gloo", "torch"
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "gloo")
+
+    def about(self) -> dict[str, str]:
+        """See `Peer.about`."""
+        return {"version": f"torch {_torch().__version__}", **_settings("GLOO_", "TORCH_GLOO_")}
+
+
+class MPI(Peer):
+    """The MPI library that started the ranks, by mpi4py."""
+
+    name, door = "mpi", "direct"
+
+    def __init__(self, world: World) -> None:
+        self.mpi, self.rank = world.mpi(), world.rank
+        self.comm = self.mpi.COMM_WORLD
+
+    def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
+        """See `Peer.prepare`."""
+        comm, here = self.comm, self.rank == root
+        mpi_type = self._type(case)
+        x, out = ([array, mpi_type] for array in buffers.arrays())
+        op = self._operator(case) if case.op else None
+        match case.collective:
+            case Collective.ALL_REDUCE:
+                return partial(comm.Allreduce, *((self.mpi.IN_PLACE, x) if case.in_place else (x, out)), op)
+            case Collective.REDUCE:
+                at_root = (self.mpi.IN_PLACE, x) if case.in_place else (x, out)
+                return partial(comm.Reduce, *(at_root if here else (x, None)), op, root)
+            case Collective.REDUCE_SCATTER:
+                return partial(comm.Reduce_scatter_block, x, out, op)
+            case Collective.ALL_GATHER:
+                return partial(comm.Allgather, x, out)
+            case Collective.ALL_TO_ALL:
+                return partial(comm.Alltoall, x, out)
+            case Collective.BROADCAST:
+                return partial(comm.Bcast, x, root)
+            case Collective.GATHER:
+                return partial(comm.Gather, x, out if here else None, root)
+            case Collective.SCATTER:
+                return partial(comm.Scatter, x if here else None, out, root)
+            case Collective.BARRIER:
+                return comm.Barrier  # type: ignore[no-any-return]
+
+    def _type(self, case: Case) -> Any:
+        """MPI's predefined type; a duplicate, as mpi4py.util.dtlib makes, is refused by MPI's operators."""
+        names = {"float32": "FLOAT", "float64": "DOUBLE", "bool": "C_BOOL"}
+        names |= {"complex64": "C_FLOAT_COMPLEX", "complex128": "C_DOUBLE_COMPLEX"}
+        if element_type(case.dtype).kind in "iu":
+            names[case.dtype] = f"{case.dtype.upper()}_T"
+        if case.dtype not in names:
+            raise ArgumentError(f"MPI has no type {case.dtype}: take another --dtype, or leave out --vs mpi")
+        return getattr(self.mpi, names[case.dtype])
+
+    def _operator(self, case: Case) -> Any:
+        logical = {"sum": "LOR", "max": "LOR", "bor": "LOR", "prod": "LAND", "min": "LAND", "band": "LAND", "bxor": "LXOR"}
+        name = logical[case.op] if case.dtype == "bool" else case.op.upper()
+        if not hasattr(self.mpi, name):
+            raise ArgumentError(f"MPI has no operator {case.op}: take another --op, or leave out --vs mpi")
+        return getattr(self.mpi, name)
+
+    def about(self) -> dict[str, str]:
+        """See `Peer.about`."""
+        library = self.mpi.Get_library_version().strip("\0").splitlines()[0].split(", package")[0].strip()
+        version = f"{library}, mpi4py {import_or('mpi4py', '').__version__}"
+        return {"version": version, **_settings("OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "UCX_", "FI_", "I_MPI_")}
+
+
+RIVALS: dict[str, Callable[[World], Peer]] = {"gloo": Gloo, "mpi": MPI}
+"""What --vs may name."""
+
+RIVALS_DOORS = {"gloo": "torch", "mpi": "direct"}
+"""The way to abccl that each is compared with."""
+
+# Variables that Open MPI's launcher sets in every run: no settings of the user's.
+_NOT_SETTINGS = ("ess", "pmix", "orte", "initial_wdir", "num_procs", "PREFIXES", "cpu_type", "prte")
+
+
+def _settings(*prefixes: str) -> dict[str, str]:
+    found = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    return {name: found[name] for name in sorted(found) if not name.partition("_MCA_")[2].startswith(_NOT_SETTINGS)}
+
+
+def _torch() -> Any:
+    return import_or("torch", "pip install 'abccl[torch]'")
+
+
+def _abccl_version() -> str:
+    return str(importlib.import_module(__package__.rpartition(".")[0]).__version__)

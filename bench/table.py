@@ -1,0 +1,304 @@
+"""What is shown and kept: the table as it grows, and the same as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from ..algorithms import Collective
+from .collectives import Case, in_words
+from .machine import BUSY
+from .run import Listener, Measured, Options, Report, Row, geometric_mean
+
+CAP = 10.0
+"""A ratio counts for no more in the capped mean."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name, its width, and what stands there for a row and one of abccl's figures in it."""
+
+    name: str
+    width: int
+    cell: Callable[[Row, Measured], str]
+    style: Callable[[str], str] = lambda cell: ""
+
+
+def columns(options: Options, rivals: list[str], several_doors: bool) -> list[Column]:
+    """The columns for these options. Those of nccl-tests, then for each rival its time, its bandwidth, the ratio."""
+    found = [
+        Column("size B", 10, lambda row, ours: str(row.case.size)),
+        Column("count", 10, lambda row, ours: str(row.case.count)),
+        Column("type", max(7, len(options.dtype)), lambda row, ours: row.case.dtype),
+        Column("redop", 5, lambda row, ours: row.case.op or "none"),
+    ]
+    if options.collective.rooted:
+        root = "all" if len(options.roots) > 1 else str(options.roots[0])
+        found.append(Column("root", 4, lambda row, ours: root))
+    if several_doors:
+        found.append(Column("through", 7, lambda row, ours: ours.door))
+    found += [
+        Column("algorithm", 20, _algorithm),
+        Column("time us", 10, lambda row, ours: microseconds(ours.timing.seconds)),
+        Column("algbw", 7, lambda row, ours: bandwidth(row.case.algbw(ours.timing.seconds))),
+        Column("busbw", 7, lambda row, ours: bandwidth(row.case.busbw(ours.timing.seconds))),
+        Column("#wrong", 6, lambda row, ours: _wrong(ours), _alarm),
+    ]
+    for index, name in enumerate(rivals):
+        found += _rival_columns(index, name)
+    return found
+
+
+def _rival_columns(index: int, name: str) -> list[Column]:
+    def same(row: Row, ours: Measured, text: Callable[[Measured], str]) -> str:
+        rival = row.rivals[index]
+        return text(rival) if rival.door == ours.door else ""
+
+    def times(row: Row, ours: Measured) -> str:
+        ratio = row.ratio(row.rivals[index], ours)
+        return "" if ratio is None else f"{ratio:.2f}"
+
+    return [
+        Column(f"{name} us", 10, lambda row, ours: same(row, ours, lambda m: microseconds(m.timing.seconds))),
+        Column("busbw", 7, lambda row, ours: same(row, ours, lambda m: bandwidth(row.case.busbw(m.timing.seconds)))),
+        Column("#wrong", 6, lambda row, ours: same(row, ours, _wrong), _alarm),
+        Column(f"{name}/abccl", 10, times, lambda cell: "" if not cell else "green" if float(cell) >= 1 else "yellow"),
+    ]
+
+
+def _algorithm(row: Row, ours: Measured) -> str:
+    alike = [m for m in row.ours if m.door == ours.door]
+    fastest = len(alike) > 1 and ours is min(alike, key=lambda m: m.timing.seconds)
+    return ours.ran + (" *" if fastest else "")
+
+
+def _wrong(measured: Measured) -> str:
+    return "-" if measured.wrong is None else str(measured.wrong)
+
+
+def _alarm(cell: str) -> str:
+    return "bold red" if cell not in ("", "0", "-") else ""
+
+
+def microseconds(seconds: float) -> str:
+    """A time with four digits or so."""
+    value = seconds * 1e6
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+
+
+def bandwidth(value: float) -> str:
+    """GB/s; a dash where nothing is moved."""
+    return "-" if value == 0 else f"{value:.3f}" if value < 10 else f"{value:.2f}"
+
+
+class Printer(Listener):
+    """Prints a line when its case is done. On a terminal a bar shows what is being measured."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.columns: list[Column] = []
+        self.bar: Progress | None = None
+
+    def begins(self, report: Report, cases: list[Case]) -> None:
+        """See `Listener`."""
+        # Open MPI gives its ranks a terminal even where its own output is a file.
+        plain = False if report.started_by == "mpirun" else None
+        self.console = Console(highlight=False, soft_wrap=True, force_terminal=plain)
+        doors = {name for name in report.about if name.startswith("abccl ")}
+        self.columns = columns(report.options, list(report.options.rivals), len(doors) > 1)
+        for line in header(report):
+            self.console.print(Text(f"# {line}", "yellow" if line.startswith("warning") else "dim"))
+        names = "  ".join(column.name.rjust(column.width) for column in self.columns)
+        self.console.print(Text("#" + names[1:], "bold"))
+        if self.console.is_terminal:
+            shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            # Redrawn between cases only: a thread that draws would be measured.
+            self.bar = Progress(*shown, console=self.console, transient=True, auto_refresh=False)
+            self.bar.start()
+            self.bar.add_task("", total=len(cases))
+
+    def works_on(self, case: Case) -> None:
+        """See `Listener`."""
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=in_words(case.size), refresh=True)
+
+    def has(self, row: Row) -> None:
+        """See `Listener`."""
+        for ours in row.ours:
+            line = Text()
+            for index, column in enumerate(self.columns):
+                cell = column.cell(row, ours)
+                line.append("  " * bool(index)).append(cell.rjust(column.width), column.style(cell))
+            self.console.print(line)
+        if self.bar:
+            self.bar.advance(self.bar.task_ids[0])
+
+    def ends(self, report: Report) -> None:
+        """See `Listener`."""
+        if self.bar:
+            self.bar.stop()
+        for line in footer(report):
+            self.console.print(Text(f"# {line}", "bold red" if "WRONG" in line else ""))
+
+
+def header(report: Report) -> list[str]:
+    """Where, and how, and with what."""
+    options, machine = report.options, report.machine
+    form = "" if options.collective is Collective.BARRIER else ", in place" if options.in_place else ", out of place"
+    lines = [
+        f"{options.collective.value}{form}, {options.ranks} rank{'s' * (options.ranks != 1)} started by "
+        f"{report.started_by}; buffers allocated by {options.library}",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; Python {machine['python']}, "
+        f"numpy {machine['numpy']}",
+    ]
+    if len(set(machine["cores_of_ranks"])) > 1:
+        pinned = ", ".join(f"{rank}: {cores}" for rank, cores in enumerate(machine["cores_of_ranks"]))
+        lines.append(f"ranks are pinned to cores ({pinned})")
+    for name, facts in report.about.items():
+        settings = ", ".join(f"{key}={value}" for key, value in facts.items() if key != "version")
+        lines.append(f"{_who(name)}: {facts['version']}{settings and '; '}{settings}")
+    lines += [_loop(options), "time: median over rounds, peers in turn, of the slowest rank; bandwidths in GB/s (1e9)"]
+    if (options.ranks or 0) > (machine["cores"] or 1):
+        lines.append(f"warning: {options.ranks} ranks on {machine['cores']} cores")
+    if machine["load_average"] > BUSY:
+        lines.append(f"warning: load average {machine['load_average']:.2f} at the start: other work makes times noise")
+    return lines
+
+
+def _who(name: str) -> str:
+    return {"abccl direct": "abccl by its own calls", "abccl torch": "abccl through torch.distributed"}.get(name, name)
+
+
+def _loop(options: Options) -> str:
+    if options.loop == "isolated":
+        return "loop: isolated, a barrier before each call; from leaving it to the end of the call"
+    if not options.collective.rooted:
+        return "loop: back to back; each call waits for all ranks, so this is latency"
+    if options.loop == "latency":
+        return "loop: latency, the root changes at random from call to call, so each call waits for the one before"
+    return "loop: throughput, back to back with one root: a pipeline, not the latency of a call"
+
+
+def footer(report: Report) -> list[str]:
+    """The means, and whether all was right."""
+    lines = []
+    for mean in means(report):
+        way = f" ({mean['through']}, {mean['algorithm']})" if mean["one_of_several"] else ""
+        lines.append(
+            f"{mean['library']}/abccl{way}: geometric mean {mean['geometric_mean']:.2f}, with each ratio capped at "
+            f"{CAP:g} {mean['geometric_mean_capped']:.2f}; smallest {mean['smallest']:.2f} at "
+            f"{in_words(mean['smallest_at'])}"
+        )
+    if not report.options.check:
+        lines.append("results were not checked")
+    elif report.wrong:
+        lines.append(f"WRONG: {report.wrong} elements")
+    else:
+        lines.append("all results right")
+    return lines
+
+
+def means(report: Report) -> list[dict[str, Any]]:
+    """The geometric means of the ratios, for each rival and each way of abccl."""
+    found = []
+    for index, name in enumerate(report.options.rivals):
+        for which in range(len(report.rows[0].ours) if report.rows else 0):
+            pairs = [(row.ratio(row.rivals[index], row.ours[which]), row.case.size) for row in report.rows]
+            ratios = [(ratio, size) for ratio, size in pairs if ratio is not None]
+            if not ratios:
+                continue
+            ours, plain = report.rows[0].ours[which], [ratio for ratio, _ in ratios]
+            found.append(
+                {
+                    "library": name,
+                    "through": ours.door,
+                    "algorithm": ours.algorithm,
+                    "one_of_several": len(report.rows[0].ours) > 1,
+                    "geometric_mean": geometric_mean(plain),
+                    "geometric_mean_capped": geometric_mean(plain, CAP),
+                    "smallest": min(ratios)[0],
+                    "smallest_at": min(ratios)[1],
+                }
+            )
+    return found
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """All of it, with every round's time."""
+    options = report.options
+    return {
+        "command": options.command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "collective": options.collective.value,
+        "ranks": options.ranks,
+        "started_by": report.started_by,
+        "in_place": options.in_place,
+        "root": options.root,
+        "loop": options.loop,
+        "buffers": options.library,
+        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
+        "machine": report.machine,
+        "libraries": report.about,
+        "rows": [_row_as_data(row) for row in report.rows],
+        "means": means(report),
+        "wrong": report.wrong if options.check else None,
+    }
+
+
+def _row_as_data(row: Row) -> dict[str, Any]:
+    case = row.case
+    shared = {"size": case.size, "count": case.count, "type": case.dtype, "redop": case.op or None}
+    figures = []
+    for measured in (*row.ours, *row.rivals):
+        seconds = measured.timing.seconds
+        figures.append(
+            {
+                "library": measured.library,
+                "through": measured.door if measured.library == "abccl" else None,
+                "algorithm": measured.algorithm if measured.library == "abccl" else None,
+                "ran": measured.ran or None,
+                "time_us": seconds * 1e6,
+                "algbw": case.algbw(seconds),
+                "busbw": case.busbw(seconds),
+                "wrong": measured.wrong,
+                "calls": measured.timing.calls,
+                "rounds_us": [time * 1e6 for time in measured.timing.rounds],
+                "medians_of_ranks_us": [time * 1e6 for time in measured.timing.by_rank],
+            }
+        )
+    ratios = [
+        {"library": rival.library, "through": ours.door, "algorithm": ours.algorithm, "ratio": ratio}
+        for rival in row.rivals
+        for ours in row.ours
+        if (ratio := row.ratio(rival, ours)) is not None
+    ]
+    return {**shared, "measured": figures, "ratios": ratios}
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write everything."""
+    path.write_text(json.dumps(as_data(report), indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(report: Report, path: Path) -> None:
+    """Write a line for each library and size, without the rounds."""
+    left_out = {"rounds_us", "medians_of_ranks_us"}
+    lines = []
+    for row in as_data(report)["rows"]:
+        shared = {name: value for name, value in row.items() if name not in ("measured", "ratios")}
+        for measured in row["measured"]:
+            lines.append({**shared, **{name: value for name, value in measured.items() if name not in left_out}})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]) if lines else [])
+        writer.writeheader()
+        writer.writerows(lines)

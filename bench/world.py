@@ -1,0 +1,124 @@
+"""The ranks that measure, however they were started, and what the peers among them need to meet."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+
+from ..collectives import Communicator, bootstrap, connect
+from ..errors import ArgumentError, TransportError
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class World:
+    """This rank among those that measure.
+
+    Attributes:
+        rank, size: as ever.
+        launcher: what started it: spawn, torchrun, mpirun.
+        comm: their communicator; it is measured, and it keeps the ranks in step.
+    """
+
+    def __init__(self, own: bootstrap.Bootstrap) -> None:
+        self.rank, self.size, self.launcher = own.rank, own.size, launcher(own)
+        self._own = own
+        self.comm: Communicator = connect(own)
+        self._distributed: Any = None
+        self._store: Any = None
+
+    def slowest(self, seconds: float) -> float:
+        """The largest of what all ranks give. All call it."""
+        shared = np.array([seconds])
+        self.comm.all_reduce(shared, "max")
+        return float(shared[0])
+
+    def total(self, number: int) -> int:
+        """The sum of what all ranks give. All call it."""
+        shared = np.array([number])
+        self.comm.all_reduce(shared)
+        return int(shared[0])
+
+    def all(self, own: Floats) -> Floats:
+        """What all ranks give, behind a new first axis. All call it."""
+        everyone = np.empty((self.size, *own.shape))
+        self.comm.all_gather(everyone, own)
+        return everyone
+
+    def tell(self, text: str) -> list[str]:
+        """What all ranks tell. All call it."""
+        return [told.decode() for told in self._own.exchange(text.encode())]
+
+    def distributed(self) -> Any:
+        """torch.distributed, initialised with gloo among the ranks. All call it."""
+        if self._distributed is None:
+            distributed: Any = import_or("torch.distributed", "pip install 'abccl[torch]'")
+            # Not env://, which only torchrun sets up. The ranks are on one host: that is all that shm serves.
+            if self.rank == 0:
+                self._store = distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+                self._own.exchange(str(self._store.port).encode())
+            else:
+                port = int(self._own.exchange(b"")[0])
+                self._store = distributed.TCPStore("127.0.0.1", port, None, False)
+            distributed.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
+            self._distributed = distributed
+        return self._distributed
+
+    def mpi(self) -> Any:
+        """mpi4py's MPI.
+
+        Raises:
+            ArgumentError: mpirun has not started this process.
+        """
+        self.wants_mpi(self._own)
+        return import_or("mpi4py.MPI", "pip install 'abccl[mpi]'")
+
+    @staticmethod
+    def wants_mpi(own: bootstrap.Bootstrap) -> None:
+        """Refuse ranks that are not MPI's.
+
+        Raises:
+            ArgumentError: with the command that starts such.
+        """
+        if not isinstance(own, bootstrap.MPIBootstrap):
+            raise ArgumentError(
+                "--vs mpi measures ranks that MPI started: mpirun -n 2 python -m abccl.bench all_reduce --vs mpi"
+            )
+
+    def abort(self, reason: str) -> None:
+        """Let the other ranks' waits end: this one has failed, and perhaps only this one."""
+        self.comm.abort(reason)
+
+    def close(self) -> None:
+        """Give everything back, together."""
+        if self._distributed is not None:
+            self._distributed.destroy_process_group()
+        self.comm.barrier()  # rank 0 keeps the store
+        self.comm.close()
+
+
+def launcher(own: bootstrap.Bootstrap) -> str:
+    """What started these ranks; "" if this process is alone and nobody did."""
+    if isinstance(own, bootstrap.MPIBootstrap):
+        return "mpirun"
+    if own is bootstrap.spawned:
+        return "spawn"
+    if isinstance(own, bootstrap.StoreBootstrap):
+        return "torchrun" if "RANK" in os.environ else "srun"
+    return "torchrun" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else ""
+
+
+def import_or(module: str, remedy: str) -> Any:
+    """The module.
+
+    Raises:
+        TransportError: it can not be imported, with the remedy.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TransportError(f"{module} can not be imported ({reason}): {remedy}") from error

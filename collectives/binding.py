@@ -1,0 +1,277 @@
+"""The cold path of a call: from arguments seen for the first time to a plan that is ready to run.
+
+Checks what was passed, chooses an algorithm, lowers it, and gives it its sizes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..algorithms import Algorithm, Collective, replay
+from ..algorithms.plan import Scaling, Sizes, Skeleton, bind, cut, exchange, exchange_matrix, lower, parts
+from ..errors import ArgumentError
+from ..transports import Operation, Transport
+from ..transports.types import NUMBERS, OPERATORS, check_operator
+from .arrays import Array, View, view
+from .choice import choose
+
+FORWARDING_FREE = ("pairwise", "direct")
+"""The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
+
+_PROVED_UP_TO = 64
+_LIBRARY = Algorithm.__module__.rpartition(".")[0]
+_NOTHING = View("", "uint8", 0, 1, 0)
+
+
+class PremulSum(NamedTuple):
+    """The operator that sums `factor` times each rank's value."""
+
+    factor: float
+
+    def __str__(self) -> str:
+        return f"premul_sum {self.factor}"
+
+
+def premul_sum(factor: float) -> PremulSum:
+    """The operator that sums `factor` times each rank's value, for floating and complex types."""
+    return PremulSum(float(factor))
+
+
+class Uneven(NamedTuple):
+    """In the place of an operator: the operator, with the parts' sizes where they differ.
+
+    `counts` of reduce_scatter and all_gather, by rank; `sent` and `received` of all_to_all, to and from each rank;
+    `matrix` what every rank sends to every other.
+    """
+
+    op: str | PremulSum = "sum"
+    counts: tuple[int, ...] | None = None
+    sent: tuple[int, ...] | None = None
+    received: tuple[int, ...] | None = None
+    matrix: tuple[tuple[int, ...], ...] | None = None
+
+
+class Binder:
+    """Makes plans for one rank of a transport's group."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.rank, self.size = transport.rank, transport.size
+        self._transport = transport
+        self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
+
+    def bind(
+        self,
+        collective: Collective,
+        x: Array,
+        out: Array,
+        op: str | PremulSum | Uneven | None,
+        root: int,
+        algorithm: str | None,
+    ) -> Any:
+        """The prepared plan of a call.
+
+        Args:
+            x, out: what is read and what is written; the same object in place.
+            op: an operator, sizes of uneven parts, or None.
+            algorithm: its name, or None to let the rule choose.
+
+        Raises:
+            ArgumentError: the arguments do not make sense.
+            ScheduleError: a user's algorithm is wrong.
+        """
+        if not isinstance(root, (int, np.integer)) or not 0 <= root < self.size:
+            raise ArgumentError(f"{collective.value}: root must be a rank from 0 to {self.size - 1}, and is {root!r}")
+        uneven = op if isinstance(op, Uneven) else Uneven(op if op is not None else "sum")
+        source, target = self._views(collective, x, out, root)
+        known = source or target or _NOTHING
+        kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
+        chosen = self._choose(collective, source, target, uneven, algorithm)
+        sizes = self._sizes(collective, source, target, uneven, chosen)
+        plan = bind(
+            self._skeleton(chosen, int(root), scaling),
+            sizes,
+            known.itemsize,
+            slot_bytes=self._transport.slot_bytes,
+            lanes=self._transport.lanes,
+        )
+        text = self._describe(collective, source, target, uneven, int(root), chosen)
+        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
+        operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text)
+        return self._transport.prepare(plan, operation)
+
+    def _views(self, collective: Collective, x: Array, out: Array, root: int) -> tuple[View | None, View | None]:
+        """The buffers that take part, checked for what the collective asks of them."""
+        call = collective.value
+        if collective is Collective.BARRIER:
+            return None, None
+        at_root = self.rank == root
+        reads = collective is not Collective.SCATTER or at_root
+        writes = at_root if collective in (Collective.GATHER, Collective.REDUCE) else True
+        for array, used, name in ((x, reads, "x"), (out, writes, "out")):
+            if used and array is None:
+                where = f" on rank {self.rank}, the root" if collective.rooted else ""
+                raise ArgumentError(f"{call}: {name} must be an array{where}, and is None")
+        in_place = out is x
+        source = view(x, "x", call, writable=in_place and writes) if reads else None
+        target = view(out, "x" if in_place else "out", call, writable=True) if writes else None
+        if source and target:
+            if source.dtype != target.dtype:
+                raise ArgumentError(f"{call}: x is {source.dtype} and out is {target.dtype}: both must be of one type")
+            self._check_overlap(collective, source, target)
+        return source, target
+
+    def _check_overlap(self, collective: Collective, source: View, target: View) -> None:
+        """In place is allowed where a part lies at its natural offset."""
+        if not source.count or not target.count or source.end <= target.address or target.end <= source.address:
+            return
+        same = source.address == target.address and source.count == target.count
+        if collective in (Collective.ALL_REDUCE, Collective.BROADCAST, Collective.REDUCE) and same:
+            return
+        own = {
+            Collective.ALL_GATHER: (source, target),
+            Collective.GATHER: (source, target),
+            Collective.REDUCE_SCATTER: (target, source),
+            Collective.SCATTER: (target, source),
+        }.get(collective)
+        if own and own[0].address == own[1].address + self.rank * own[0].count * own[0].itemsize:
+            return
+        raise ArgumentError(
+            f"{collective.value}: x and out overlap"
+            + (", other than at this rank's own part" if own else "")
+            + ": pass a copy of x"
+        )
+
+    def _operator(self, collective: Collective, op: str | PremulSum, dtype: str) -> tuple[str, Scaling, float]:
+        """The kernels' operator, and what is scaled by how much."""
+        if not collective.reduces:
+            return "sum", Scaling.NONE, 1.0
+        if isinstance(op, PremulSum):
+            check_operator("premul_sum", dtype)
+            return "sum", Scaling.BEFORE, op.factor
+        if op == "premul_sum":
+            raise ArgumentError("premul_sum wants its factor: pass op=abccl.premul_sum(0.5)")
+        check_operator(op, dtype)
+        return ("sum", Scaling.AFTER, 1.0 / self.size) if op == "avg" else (op, Scaling.NONE, 1.0)
+
+    def _choose(
+        self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, asked: str | None
+    ) -> Algorithm:
+        """The algorithm. All ranks come to the same one: what only one rank sees is not looked at."""
+        if uneven.sent is not None:
+            return self._proved(choose(collective, self.size, 0, asked or FORWARDING_FREE[0]))
+        match collective:
+            case Collective.ALL_GATHER:
+                whole = target
+            case Collective.GATHER:
+                whole = source and View("", source.dtype, source.count * self.size, source.itemsize, 0)
+            case Collective.SCATTER:
+                whole = target and View("", target.dtype, target.count * self.size, target.itemsize, 0)
+            case _:
+                whole = source
+        nbytes = whole.count * whole.itemsize if whole else 0
+        return self._proved(choose(collective, self.size, nbytes, asked))
+
+    def _proved(self, algorithm: Algorithm) -> Algorithm:
+        _prove(algorithm, self.size)
+        return algorithm
+
+    def _sizes(
+        self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, chosen: Algorithm
+    ) -> Sizes:
+        call, size = collective.value, self.size
+        if collective is Collective.BARRIER:
+            return parts(collective, self.rank, [0] * size)
+        if collective.cut:
+            assert source is not None
+            if target is not None and target.count != source.count:
+                raise ArgumentError(f"{call}: out must have {source.count} elements as x has, and has {target.count}")
+            return cut(source.count, chosen.blocks(size), source.itemsize)
+        if collective is Collective.ALL_TO_ALL:
+            assert source is not None and target is not None
+            return self._exchange_sizes(source, target, uneven)
+        gathers = collective in (Collective.ALL_GATHER, Collective.GATHER)
+        part, whole = (source, target) if gathers else (target, source)
+        assert part is not None
+        counts = uneven.counts or (part.count,) * size
+        if len(counts) != size or min(counts) < 0:
+            raise ArgumentError(f"{call}: counts must name {size} sizes, one for each rank, and is {list(counts)}")
+        if part.count != counts[self.rank]:
+            raise ArgumentError(
+                f"{call}: {part.name} has {part.count} elements, and counts gives rank {self.rank} {counts[self.rank]}"
+            )
+        if whole is not None and whole.count != sum(counts):
+            how = f"{size} x {part.count} =" if uneven.counts is None else "the sum of counts,"
+            raise ArgumentError(f"{call}: {whole.name} must have {how} {sum(counts)} elements, and has {whole.count}")
+        return parts(collective, self.rank, counts)
+
+    def _exchange_sizes(self, source: View, target: View, uneven: Uneven) -> Sizes:
+        size = self.size
+        if uneven.sent is None or uneven.received is None:
+            if source.count % size or target.count != source.count:
+                raise ArgumentError(
+                    f"all_to_all: without splits x and out have equal parts for {size} ranks; x has {source.count} "
+                    f"elements and out {target.count}: pass out_splits and in_splits"
+                )
+            return exchange(self.rank, [source.count // size] * size, [target.count // size] * size)
+        if uneven.matrix is not None:
+            return exchange_matrix(self.rank, uneven.matrix)
+        return exchange(self.rank, uneven.sent, uneven.received)
+
+    def _describe(
+        self,
+        collective: Collective,
+        source: View | None,
+        target: View | None,
+        uneven: Uneven,
+        root: int,
+        chosen: Algorithm,
+    ) -> str:
+        """The call in words that are the same on every rank that makes it."""
+        if collective is Collective.BARRIER:
+            return f"barrier({chosen.name})"
+        known = (target if collective is Collective.SCATTER else source) or _NOTHING
+        what = f"{known.count} elements"
+        if uneven.sent is not None:
+            what = "split elements"
+        elif uneven.counts is not None:
+            what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
+        details = [known.dtype, *([str(uneven.op)] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
+        return f"{collective.value}({', '.join(details)}, {chosen.name})"
+
+    def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:
+        key = (algorithm, root, scaling)
+        if key not in self._skeletons:
+            self._skeletons[key] = lower(algorithm, self.rank, self.size, root, scaling)
+        return self._skeletons[key]
+
+
+def check_splits(array: Array, of: str, name: str, splits: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    """The parts' sizes of one side of an all_to_all, equal ones if None.
+
+    Raises:
+        ArgumentError: they are not `size` sizes that add up to the array's elements.
+    """
+    count = view(array, of, "all_to_all").count
+    if splits is None:
+        if count % size:
+            raise ArgumentError(f"all_to_all: {of} has {count} elements, no {size} equal parts: give {name}")
+        splits = [count // size] * size
+    checked = tuple(int(split) for split in splits)
+    if len(checked) != size or min(checked) < 0 or sum(checked) != count:
+        raise ArgumentError(
+            f"all_to_all: {name} must be {size} sizes that add up to the {count} elements of {of}, and is "
+            f"{list(checked)}, which add up to {sum(checked)}"
+        )
+    return checked
+
+
+@cache
+def _prove(algorithm: Algorithm, size: int) -> None:
+    """Replay a user's algorithm before its first use; the library's own are proved by its tests."""
+    if size <= _PROVED_UP_TO and not algorithm.function.__module__.startswith(_LIBRARY):
+        replay(algorithm, size)

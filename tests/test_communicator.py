@@ -1,0 +1,531 @@
+"""The communicator over shared memory: every collective, algorithm, type and operator against numpy, by ranks as
+threads; what needs processes, by processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import abccl
+from abccl import Communicator, algorithm, recv, send
+from abccl.algorithms import Collective, algorithms, registry
+from abccl.transports.inproc import inproc
+from abccl.transports.shm import shm_threads
+from abccl.transports.types import OPERATORS, TYPES, check_operator, numpy_operator
+
+TYPE_NAMES = [element.name for element in TYPES]
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def threads(size: int, body: Callable[[Communicator], Any], kind: str = "shm", timeout: float = 60.0) -> list[Any]:
+    """What `body` returns on each rank; the ranks are threads."""
+    transports = shm_threads(size) if kind == "shm" else inproc(size)
+    communicators = [Communicator(transport, timeout=timeout) for transport in transports]
+
+    def run(communicator: Communicator) -> Any:
+        with communicator:
+            result = body(communicator)
+            communicator.barrier()
+            return result
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, communicators))
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """The error of a call as text."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def values(rank: int, count: int, dtype: str) -> np.ndarray[Any, Any]:
+    """Small whole numbers, so that sums and products are exact in every type whatever the order."""
+    rng = np.random.default_rng([rank, count])
+    return rng.integers(0, 4, count).astype(dtype_of(dtype))
+
+
+def reduced(op: str, contributions: list[np.ndarray[Any, Any]], dtype: str) -> np.ndarray[Any, Any]:
+    apply = numpy_operator(op, dtype)
+    result = contributions[0]
+    for contribution in contributions[1:]:
+        result = apply(result, contribution).astype(result.dtype)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["shm", "inproc"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_collectives_against_numpy(kind: str, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 5), "size")
+    count = data.draw(st.one_of(st.integers(0, 40), st.sampled_from([1000, 16384, 100_003])), "count")
+    dtype = data.draw(st.sampled_from(TYPE_NAMES), "dtype")
+    ops = [op for op in OPERATORS if outcome(lambda op=op: check_operator(op, dtype)) == "no error"]
+    op = data.draw(st.sampled_from(ops), "op")
+    collective = data.draw(st.sampled_from(list(Collective)), "collective")
+    names = [name for name, a in algorithms(collective).items() if a.refusal(size) is None]
+    algorithm = data.draw(st.sampled_from([None, *names]), "algorithm")
+    root = data.draw(st.integers(0, size - 1), "root")
+    queued = data.draw(st.booleans(), "async_op")
+    whole = [values(rank, count * size, dtype) for rank in range(size)]
+    part = [array[:count] for array in whole]
+    combined = reduced(op, whole, dtype)
+
+    def run(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        work = call(*arguments, algorithm=algorithm, async_op=queued, **keywords)
+        if queued:
+            work.wait(60)
+            assert work.is_completed()
+
+    def body(c: Communicator) -> bool:
+        r = c.rank
+        x, whole_out, part_out = whole[r].copy(), np.empty_like(combined), np.empty(count, combined.dtype)
+        match collective:
+            case Collective.ALL_REDUCE:
+                run(c.all_reduce, x, op, out=whole_out)
+                assert np.array_equal(whole_out, combined) and np.array_equal(x, whole[r])
+                run(c.all_reduce, x, op)
+                return np.array_equal(x, combined)
+            case Collective.REDUCE:
+                run(c.reduce, x, op, root)
+                return np.array_equal(x, combined if r == root else whole[r])
+            case Collective.BROADCAST:
+                run(c.broadcast, x, root)
+                return np.array_equal(x, whole[root])
+            case Collective.REDUCE_SCATTER:
+                run(c.reduce_scatter, part_out, x, op)
+                assert np.array_equal(x, whole[r])
+                own = slice(r * count, (r + 1) * count)
+                assert np.array_equal(part_out, combined[own])
+                run(c.reduce_scatter, x[own], x, op)
+                return np.array_equal(x[own], combined[own])
+            case Collective.ALL_GATHER:
+                run(c.all_gather, whole_out, part[r])
+                return np.array_equal(whole_out, np.concatenate(part))
+            case Collective.GATHER:
+                run(c.gather, whole_out if r == root else None, part[r], root)
+                return r != root or np.array_equal(whole_out, np.concatenate(part))
+            case Collective.SCATTER:
+                run(c.scatter, part_out, whole[root] if r == root else None, root)
+                return np.array_equal(part_out, whole[root][r * count : (r + 1) * count])
+            case Collective.ALL_TO_ALL:
+                run(c.all_to_all, whole_out, x)
+                mine = [whole[s][r * count : (r + 1) * count] for s in range(size)]
+                return np.array_equal(whole_out, np.concatenate(mine)) and np.array_equal(x, whole[r])
+            case Collective.BARRIER:
+                run(c.barrier)
+                return True
+
+    assert threads(size, body, kind) == [True] * size
+
+
+@pytest.mark.parametrize("kind", ["shm", "inproc"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_avg_and_premul_sum(kind: str, dtype: str) -> None:
+    contributions = [values(rank, 1001, dtype) for rank in range(3)]
+    total = reduced("sum", contributions, dtype).astype("complex128")
+
+    def body(c: Communicator) -> None:
+        out = np.empty_like(contributions[0])
+        for name in algorithms(Collective.ALL_REDUCE):
+            c.all_reduce(contributions[c.rank], "avg", out=out, algorithm=name)
+            assert np.allclose(out.astype("complex128"), total / 3, rtol=1e-2)
+            c.all_reduce(contributions[c.rank], abccl.premul_sum(0.5), out=out, algorithm=name)
+            assert np.allclose(out.astype("complex128"), total / 2)
+        x = contributions[c.rank].copy()
+        c.reduce(x, "avg", 1)
+        assert np.allclose(x.astype("complex128"), total / 3 if c.rank == 1 else contributions[c.rank], rtol=1e-2)
+
+    threads(3, body, kind)
+
+
+def test_all_ranks_get_the_same_bits() -> None:
+    contributions = [np.random.default_rng(rank).standard_normal(50_001).astype("float32") for rank in range(5)]
+
+    def body(c: Communicator) -> list[bytes]:
+        out = np.empty_like(contributions[0])
+        results = []
+        for name in algorithms(Collective.ALL_REDUCE):
+            c.all_reduce(contributions[c.rank], out=out, algorithm=name)
+            assert np.allclose(out, sum(contributions), atol=1e-4)
+            results.append(out.tobytes())
+        return results
+
+    first, *others = threads(5, body)
+    assert all(other == first for other in others)
+
+
+def test_a_nan_reaches_every_rank_by_min_and_max() -> None:
+    def body(c: Communicator) -> None:
+        for op in ("min", "max"):
+            x = np.zeros(100, "float32")
+            x[c.rank] = np.nan
+            c.all_reduce(x, op)
+            assert np.isnan(x[: c.size]).all() and not np.isnan(x[c.size :]).any()
+
+    threads(3, body)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_uneven_parts(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 4), "size")
+    sizes = st.one_of(st.integers(0, 20), st.just(9001))
+    matrix = [[data.draw(sizes) for _ in range(size)] for _ in range(size)]
+    algorithm = data.draw(st.sampled_from([None, *algorithms(Collective.ALL_TO_ALL)]), "algorithm")
+    rows = [values(rank, sum(matrix[rank]), "int32") for rank in range(size)]
+
+    def body(c: Communicator) -> None:
+        r = c.rank
+        column = [matrix[s][r] for s in range(size)]
+        out = np.empty(sum(column), "int32")
+        c.all_to_all(out, rows[r], column, matrix[r], algorithm=algorithm)
+        mine = [np.split(rows[s], np.cumsum(matrix[s])[:-1])[r] for s in range(size)]
+        assert np.array_equal(out, np.concatenate(mine))
+        counts = matrix[0]
+        parts = [np.full(counts[s], s, "int32") for s in range(size)]
+        gathered = np.empty(sum(counts), "int32")
+        c.all_gather(gathered, parts[r], counts=counts)
+        assert np.array_equal(gathered, np.concatenate(parts))
+        own = np.empty(counts[r], "int32")
+        c.reduce_scatter(own, gathered, counts=counts)
+        assert np.array_equal(own, parts[r] * size)
+
+    threads(size, body)
+
+
+def test_messages_by_source_and_tag() -> None:
+    def body(c: Communicator) -> None:
+        left, right = (c.rank - 1) % c.size, (c.rank + 1) % c.size
+        sent = [c.send(np.full(n, c.rank + n, "int64"), right, tag=n, async_op=True) for n in (1, 7, 30_000)]
+        c.barrier()  # an unread message is never in the way of a collective
+        for n in (30_000, 7):
+            x = np.empty(n, "int64")
+            assert c.recv(x, left, tag=n) == left
+            assert (x == left + n).all()
+        x = np.empty(1, "int64")
+        assert c.recv(x) == left
+        assert x[0] == left + 1
+        for work in sent:
+            work.wait(60)
+
+    threads(3, body)
+
+
+def test_split() -> None:
+    def body(c: Communicator) -> None:
+        odd = c.split(c.rank % 2 if c.rank < 4 else None, key=-c.rank)
+        if c.rank == 4:
+            assert odd is None
+            return
+        assert odd is not None
+        with odd:
+            assert (odd.size, odd.rank) == (2, 1 if c.rank < 2 else 0)
+            x = np.array([c.rank])
+            odd.all_reduce(x)
+            assert x[0] == (2 if c.rank % 2 == 0 else 4)
+
+    threads(5, body)
+
+
+def test_calls_from_several_threads_are_serialised() -> None:
+    def body(c: Communicator) -> None:
+        def many() -> None:
+            for _ in range(50):
+                x = np.ones(100)
+                c.all_reduce(x)
+                assert (x == c.size).all()
+
+        with ThreadPoolExecutor(3) as pool:
+            for future in [pool.submit(many) for _ in range(3)]:
+                future.result()
+
+    threads(2, body)
+
+
+def test_asynchronous_buffers_stay_alive_and_in_order() -> None:
+    def body(c: Communicator) -> None:
+        for _ in range(20):
+            c.all_reduce(np.ones(100_000), async_op=True)  # nobody keeps the array
+        x = np.ones(3)
+        works = [c.all_reduce(x, async_op=True) for _ in range(5)]
+        works[-1].wait(60)
+        assert all(work.is_completed() for work in works)
+        assert (x == c.size**5).all()
+
+    threads(2, body)
+
+
+def test_a_communicator_is_freed() -> None:
+    communicator = Communicator(shm_threads(1)[0])
+    communicator.all_reduce(np.ones(3))
+    gone = weakref.ref(communicator)
+    communicator.close()
+    del communicator
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_users_algorithm_is_proved_before_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registry, Collective.BROADCAST, algorithms(Collective.BROADCAST))
+
+    @algorithm(Collective.BROADCAST, name="test_star")
+    def star(rank: int, size: int) -> Any:
+        yield tuple(send(peer, 0) for peer in range(1, size)) if rank == 0 else recv(0, 0)
+
+    @algorithm(Collective.BROADCAST, name="test_forgetful")
+    def forgetful(rank: int, size: int) -> Any:
+        yield tuple(send(peer, 0) for peer in range(1, size - 1)) if rank == 0 else ()
+
+    def body(c: Communicator) -> str:
+        x = np.full(5, c.rank)
+        c.broadcast(x, 2, algorithm="test_star")
+        assert (x == 2).all()
+        return outcome(lambda: c.broadcast(x, algorithm="test_forgetful"))
+
+    for text in threads(3, body):
+        assert text.startswith("ScheduleError: ")
+
+
+def frozen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+X = np.ones(6, "float32")
+
+BAD: list[tuple[Callable[[Communicator], Any], str]] = [
+    (lambda c: c.all_reduce(np.ones((4, 4))[:, ::2]), "not contiguous"),
+    (lambda c: c.all_reduce(frozen(np.ones(3))), "read-only"),
+    (lambda c: c.all_reduce([1, 2]), "must be a numpy array or torch CPU tensor, and is list"),
+    (lambda c: c.all_reduce(np.ones(3, "U2")), "element type str"),
+    (lambda c: c.all_reduce(X.astype(">f4")), "byte order"),
+    (lambda c: c.all_reduce(X, "summ"), "no operator is called 'summ'"),
+    (lambda c: c.all_reduce(X, "band"), "band is defined for"),
+    (lambda c: c.all_reduce(X.astype("int32"), "avg"), "avg is defined for"),
+    (lambda c: c.all_reduce(X, "premul_sum"), "wants its factor"),
+    (lambda c: c.all_reduce(X, algorithm="rign"), "did you mean ring"),
+    (lambda c: c.all_reduce(X, out=np.empty(5, "float32")), "out must have 6 elements"),
+    (lambda c: c.all_reduce(X, out=np.empty(6)), "both must be of one type"),
+    (lambda c: c.broadcast(X, 7), "root must be a rank from 0 to 1, and is 7"),
+    (lambda c: c.broadcast(X, -1), "root must be a rank"),
+    (lambda c: c.all_gather(np.empty(3, "float32"), X), "out must have 2 x 6 = 12 elements, and has 3"),
+    (lambda c: c.reduce_scatter(np.empty(2, "float32"), X), "x must have 2 x 2 = 4 elements, and has 6"),
+    (lambda c: c.gather(None, X, c.rank), "out must be an array"),
+    (lambda c: c.scatter(np.empty(3, "float32"), None, c.rank), "x must be an array"),
+    (lambda c: c.all_to_all(X, X), "overlap"),
+    (lambda c: c.all_to_all(np.empty(6, "float32"), X, [1, 2], [3, 3]), "add up to 3"),
+    (lambda c: c.all_to_all(np.empty(5, "float32"), np.ones(5, "float32")), "pass out_splits"),
+    (lambda c: c.send(X, c.rank), "peer must be another rank"),
+    (lambda c: c.recv(np.empty(3), 5), "peer must be another rank"),
+    (lambda c: c.send(X, 1 - c.rank, -3), "tag must not be negative"),
+]
+
+
+def test_bad_input_is_refused_before_anything_is_sent() -> None:
+    def body(c: Communicator) -> list[str]:
+        texts = [outcome(lambda call=call: call(c)) for call, _ in BAD]
+        c.barrier()  # still usable
+        return texts
+
+    for texts in threads(2, body):
+        for text, (_, wanted) in zip(texts, BAD, strict=True):
+            assert wanted in text and text.split(":")[0] in ("ArgumentError", "UnknownAlgorithm"), text
+
+
+def test_the_environment_forces_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(c: Communicator) -> str:
+        return outcome(lambda: c.all_reduce(np.ones(3)))
+
+    for text, wanted in [
+        ("ring", "no error"),
+        ("all_reduce=tree,broadcast=chain", "no error"),
+        ("rign", "algorithm is called 'rign'"),
+        ("al_reduce=ring", "is no collective"),
+    ]:
+        monkeypatch.setenv("ABCCL_ALGORITHM", text)
+        with_barrier = threads(2, body) if wanted == "no error" else [outcome(lambda: threads(2, body))]
+        assert all(wanted in result for result in with_barrier)
+
+
+def mismatch(case: int) -> list[str]:
+    """Rank 0 and rank 1 call different things."""
+    c = abccl.init(timeout=20)
+    x = np.ones(12, "float32")
+    c.barrier()
+    first = c.rank == 0
+    calls: list[Callable[[], Any]] = [
+        lambda: c.all_reduce(x) if first else c.broadcast(x),
+        lambda: c.all_reduce(x) if first else c.all_reduce(x[:6]),
+        lambda: c.all_reduce(x) if first else c.all_reduce(x.astype("float64")),
+        lambda: c.all_reduce(x) if first else c.all_reduce(x, "max"),
+        lambda: c.all_reduce(x) if first else c.all_reduce(x, algorithm="chain"),
+        lambda: c.barrier() if first else c.all_reduce(x),
+        lambda: c.broadcast(x, c.rank),
+        lambda: c.reduce(x, root=c.rank),
+        lambda: c.broadcast(x, 1 - c.rank),
+    ]
+    texts = [outcome(calls[case]), outcome(c.barrier)]
+    c.close()
+    return texts
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", range(9))
+def test_a_mismatch_is_raised_on_both_ranks_and_names_both_calls(case: int) -> None:
+    for texts in abccl.spawn(mismatch, 2, (case,), timeout=30, start_method="fork"):
+        found = [text for text in texts if text.startswith("Mismatch: ")]
+        assert found, texts
+        assert "collective #2: " in found[0]
+        assert "rank 0 called " in found[0] and "rank 1 called " in found[0]
+
+
+def waits_for_an_absent_rank() -> list[str]:
+    c = abccl.init(timeout=0.3)
+    c.barrier()
+    x = np.ones(5)
+    texts = []
+    if c.rank != 1:
+        texts = [outcome(lambda: c.all_reduce(x, algorithm="ring")), outcome(c.barrier)]
+    else:
+        while outcome(lambda: c.recv(x, 0, 9)) == "no error":
+            pass
+    return texts
+
+
+@pytest.mark.ranks
+def test_a_deadline_names_who_is_missing() -> None:
+    first, *_ = abccl.spawn(waits_for_an_absent_rank, 3, timeout=30, start_method="fork")
+    waited, after = first
+    assert waited.startswith("DeadlineExceeded: ")
+    if "all_reduce" in waited:  # rank 1's own deadline may be the first
+        assert "#2: rank " in waited and " waits at step " in waited
+        assert "rank 1" in waited and "which has not entered #2 (last: barrier(recursive_doubling) #1)" in waited
+    assert "broken: close it" in after
+
+
+def loses_a_peer(folder: str) -> None:
+    c = abccl.init(timeout=60)
+    c.barrier()
+    if c.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    text = outcome(lambda: c.all_reduce(np.ones(5)))
+    with open(f"{folder}/{c.rank}", "w") as file:
+        file.write(f"{time.monotonic() - start:.3f} {text}")
+    raise RuntimeError("seen")
+
+
+@pytest.mark.ranks
+def test_a_dead_peer_is_named_at_once(tmp_path: Any) -> None:
+    with pytest.raises(abccl.RankFailed, match="rank 1 of 2 was ended by SIGKILL|rank 1"):
+        abccl.spawn(loses_a_peer, 2, (str(tmp_path),), timeout=30, start_method="fork")
+    report = tmp_path / "0"
+    if report.exists():  # unless the parent ended rank 0 first
+        assert "PeerLost: rank 1 ended" in report.read_text()
+
+
+def closes_early() -> str:
+    c = abccl.init(timeout=60)
+    c.barrier()
+    if c.rank == 1:
+        c.close()
+        c.close()
+    return outcome(lambda: c.all_reduce(np.ones(5)))
+
+
+@pytest.mark.ranks
+def test_a_closed_peer_and_use_after_close() -> None:
+    left, closed = abccl.spawn(closes_early, 2, timeout=30, start_method="fork")
+    assert left.startswith("PeerLost: rank 1 closed its communicator")
+    assert closed.startswith("ClosedError: the communicator is closed")
+
+
+def is_interrupted() -> tuple[str, float]:
+    c = abccl.init(timeout=60)
+    c.barrier()
+    if c.rank == 1:
+        return outcome(lambda: c.all_reduce(np.ones(5))), 0.0
+    sent = [0.0]
+
+    def interrupt() -> None:
+        sent[0] = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0.2, interrupt).start()
+    try:
+        c.recv(np.ones(5), 1)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt", time.monotonic() - sent[0]
+    return "no error", 0.0
+
+
+@pytest.mark.ranks
+def test_control_c_ends_a_wait_and_peers_learn_of_it() -> None:
+    (first, _), (second, _) = abccl.spawn(is_interrupted, 2, timeout=30, start_method="fork")
+    assert first == "KeyboardInterrupt"
+    assert second.startswith("Aborted: rank 0 was interrupted")
+
+
+def forks() -> str:
+    c = abccl.init(timeout=60)
+    c.barrier()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, outcome(lambda: c.all_reduce(np.ones(3))).encode())
+        c.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    c.barrier()  # the child's end has not touched it
+    return os.read(read, 1000).decode()
+
+
+@pytest.mark.ranks
+def test_use_in_a_forked_child() -> None:
+    for text in abccl.spawn(forks, 2, timeout=30, start_method="fork"):
+        assert text.startswith("ClosedError: this communicator belongs to the parent")
+
+
+def works_with_processes() -> int:
+    with abccl.init(timeout=60) as c:
+        x = np.full(300_001, c.rank + 1.0)
+        c.all_reduce(x)
+        assert (x == c.size * (c.size + 1) / 2).all()
+        c.barrier()
+        return c.size
+
+
+@pytest.mark.ranks
+def test_processes(ranks: int) -> None:
+    assert abccl.spawn(works_with_processes, ranks, timeout=60, start_method="fork") == [ranks] * ranks
+
+
+def test_abort_wakes_every_rank() -> None:
+    def body(c: Communicator) -> str:
+        if c.rank == 2:
+            c.abort("enough")
+        return outcome(lambda: c.all_reduce(np.ones(5)))
+
+    transports = shm_threads(3)
+    with ThreadPoolExecutor(3) as pool:
+        texts = list(pool.map(lambda t: body(Communicator(t, timeout=60)), transports))
+    assert all(text.startswith("Aborted: rank 2: enough") for text in texts)

@@ -1,0 +1,197 @@
+"""The `abccl` command: verify, show, draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner, Result
+
+from abccl.algorithms import Collective, lookup, registry, replay
+from abccl.tools.arguments import ranges, rank_numbers, to_collective
+from abccl.tools.cli import COMMANDS, main
+from abccl.tools.draw import picture
+from abccl.tools.frames import frames, letters
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(autouse=True)
+def _private_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone when it ends."""
+    copies = {collective: dict(known) for collective, known in registry._registry.items()}
+    monkeypatch.setattr(registry, "_registry", copies)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="abccl")
+
+
+GOOD = '''
+from abccl.algorithms import Collective, algorithm, power_of_two, recv, send
+
+@algorithm(Collective.ALL_REDUCE)
+def star_all_reduce(rank, size):
+    """To rank 0 and back."""
+    if rank == 0:
+        yield [recv(peer, 0, reduce=True) for peer in range(1, size)]
+        yield [send(peer, 0) for peer in range(1, size)]
+    else:
+        yield send(0, 0)
+        yield recv(0, 0)
+
+@algorithm(Collective.BARRIER, restrictions=[power_of_two])
+def fussy_barrier(rank, size):
+    others = [peer for peer in range(size) if peer != rank]
+    yield [send(peer, rank) for peer in others] + [recv(peer, peer) for peer in others]
+'''
+BROKEN = GOOD.replace("yield recv(0, 0)", "pass")
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.py"
+    path.write_text(GOOD)
+    return path
+
+
+def test_verify_prints_a_line_per_algorithm() -> None:
+    result = run("verify", "--collective", "all_reduce", "--algorithm", "ring", "--ranks", "1-6,9")
+    assert (result.exit_code, result.output) == (0, "all_reduce ring: 1-6, 9 ranks: ok\n")
+
+
+def test_verify_takes_the_whole_library() -> None:
+    result = run("verify", "--ranks", "1-3")
+    lines = result.output.splitlines()
+    assert result.exit_code == 0
+    assert len(lines) == sum(map(len, registry._registry.values()))
+    assert all(line.endswith(": 1-3 ranks: ok") for line in lines)
+
+
+def test_verify_a_file_takes_that_file_only(good: Path) -> None:
+    result = run("verify", good)
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "all_reduce star: 1-40, 64 ranks: ok",
+        "barrier fussy: 1-2, 4, 8, 16, 32, 64 ranks: ok",
+    ]
+    assert run("verify", good, "--ranks", 3, "--algorithm", "fussy").output == (
+        "barrier fussy: wants a power of two ranks, not tried\n"
+    )
+
+
+def test_verify_refuses_with_the_message_of_replay(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    result = run("verify", path, "--ranks", 5)
+    assert result.exit_code == 1
+    assert "all_reduce star, 5 ranks: deadlock" in result.output
+    assert "rank 0 waits at step 2 to send block 0 to rank 1 (which has ended)" in result.output
+
+
+def test_verify_holds_declared_counts_to_account(tmp_path: Path) -> None:
+    path = tmp_path / "dear.py"
+    declared = "(Collective.ALL_REDUCE, counts=lambda p: Counts(1, 1, 1))"
+    path.write_text(GOOD.replace("(Collective.ALL_REDUCE)", declared).replace("import", "import Counts,"))
+    result = run("verify", path, "--ranks", 5)
+    assert result.exit_code == 1
+    assert "the schedule has 2 steps, 4 sent, 4 folded; declared are 1 steps, 1 sent, 1 folded" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\ny = (\n", "line 2: '(' was never closed: y = ("),
+        ("x = 1\nprint(undefined)\n", "line 2: NameError: name 'undefined' is not defined"),
+        ("x = 1\n", "registers no algorithm: put @algorithm"),
+        (GOOD.replace("star_", "ring_"), "ArgumentError: all_reduce ring is taken"),
+    ],
+)
+def test_errors_in_a_file_are_readable(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    result = run("verify", path)
+    assert result.exit_code == 1
+    assert words in result.output and str(path) in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["vrify"], "no command is called 'vrify': did you mean verify?"),
+        (["show", "all_redce", "ring"], "did you mean all_reduce or reduce?"),
+        (["show", "all_reduce", "rign"], "did you mean ring?"),
+        (["show", "all_reduce", "ring", "--root", "1"], "all_reduce has no root"),
+        (["show", "broadcast", "ring", "--root", "4"], "there is no root 4 among 4 ranks"),
+        (["verify", "--ranks", "3-"], "'3-' is no number of ranks"),
+        (["verify", "--ranks", "many"], "'many' is no number of ranks"),
+        (["verify", "--ranks", "0-3"], "'0-3' is no number of ranks"),
+        (["verify", "--algorithm", "rign", "--collective", "all_reduce"], "did you mean ring?"),
+        (["verify", "--algorithm", "rign"], "'rign': did you mean ring?"),
+    ],
+)
+def test_bad_arguments_bring_help(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code in (1, 2)
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_help() -> None:
+    listed = run("--help").output
+    assert all(command in listed for command in COMMANDS)
+    for command in ("verify", "show", "draw"):
+        assert run(command, "--help").exit_code == 0
+
+
+def test_show_prints_the_lecture_table() -> None:
+    output = run("show", "all-reduce", "ring", "--ranks", 5).output
+    assert "all_reduce ring, 5 ranks: 8 steps, 8/5 of the vector sent, 4/5 folded" in output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    assert len(rows) == 9 * 5
+    assert rows[0] == ["start", "a", "a0", "a1", "a2", "a3", "a4"]
+    assert rows[5] == ["step 1", "a", "a0", "a1", "a1+a2", "a3", "a4"]
+    assert rows[-1] == ["", "e", *["Σe0-4"] * 5]
+
+
+def test_show_a_single_block_and_a_root() -> None:
+    output = run("show", "broadcast", "tree", "--ranks", 3, "--root", 1).output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    assert rows == [["start", "", "a", ""], ["step 1", "a", "a", ""], ["step 2", "a", "a", "a"]]
+    assert "rank 1 (root)" in output
+
+
+def test_show_an_own_file(good: Path) -> None:
+    assert "Σa0-3" in run("show", "all_reduce", "star", good, "--ranks", 4).output
+
+
+def test_frames_of_an_all_to_all_name_the_sources() -> None:
+    last = frames(replay(lookup(Collective.ALL_TO_ALL, "pairwise"), 3))[-1]
+    assert [last[rank][rank].text for rank in range(3)] == ["0-2"] * 3
+    assert last[0][1].text == "1"
+
+
+@pytest.mark.parametrize(("collective", "name"), [(c, name) for c in Collective for name in registry.algorithms(c)])
+def test_every_algorithm_can_be_drawn(collective: Collective, name: str) -> None:
+    for size in (1, 5):
+        history = replay(lookup(collective, name), size)
+        root = ElementTree.fromstring(picture(history))
+        arrows = [path for path in root.iter(f"{SVG}path") if "C" in path.get("d", "")]
+        assert len(arrows) == len(history.transfers)
+
+
+def test_draw_writes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "ring.svg"
+    result = run("draw", "all_reduce", "ring", "--ranks", 4, "-o", path)
+    assert result.exit_code == 0 and str(path) in result.output
+    texts = [element.text for element in ElementTree.parse(path).iter(f"{SVG}text")]
+    assert "rank 3" in texts and "step 6" in texts and texts.count("Σd0-3") == 10
+
+
+def test_numbers_in_writing() -> None:
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+    assert rank_numbers("1-3,64") == [1, 2, 3, 64]
+    assert [letters(block) for block in (0, 25, 26, 51, 52, 702)] == ["a", "z", "aa", "az", "ba", "aaa"]
+    assert to_collective("AllReduce") is Collective.ALL_REDUCE
