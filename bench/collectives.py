@@ -113,7 +113,8 @@ class Case:
     @property
     def text(self) -> str:
         """It in words, for messages."""
-        return " ".join(filter(None, (self.collective.value, self.op, f"of {self.count} {self.dtype}")))
+        data = f"of {self.count} {self.dtype}" if self.count else ""
+        return " ".join(filter(None, (self.collective.value, self.op, data)))
 
     def algbw(self, seconds: float) -> float:
         """Algorithm bandwidth in GB/s."""
@@ -135,7 +136,7 @@ def cases(
         sizes: smallest, largest, factor.
     """
     if collective is Collective.BARRIER:
-        yield Case(collective, dtype, "", 0, ranks, in_place)
+        yield Case(collective, "uint8", "", 0, ranks, in_place)
         return
     facts = FACTS[collective]
     share = element_type(dtype).itemsize * (ranks if facts.x_parts or facts.out_parts else 1)

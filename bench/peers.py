@@ -183,9 +183,9 @@ class TorchPeer(Peer):
             case Collective.REDUCE:
                 return partial(dist.reduce, x, root, op, group)
             case Collective.REDUCE_SCATTER:
-                return partial(dist.reduce_scatter_tensor, out, x, op, group)
+                return partial(_newest(dist, "reduce_scatter_single", "reduce_scatter_tensor"), out, x, op, group)
             case Collective.ALL_GATHER:
-                return partial(dist.all_gather_into_tensor, out, x, group)
+                return partial(_newest(dist, "all_gather_single", "all_gather_into_tensor"), out, x, group)
             case Collective.ALL_TO_ALL:
                 return partial(dist.all_to_all_single, out, x, group=group)
             case Collective.BROADCAST:
@@ -303,6 +303,11 @@ _NOT_SETTINGS = ("ess", "pmix", "orte", "initial_wdir", "num_procs", "PREFIXES",
 def _settings(*prefixes: str) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     return {name: found[name] for name in sorted(found) if not name.partition("_MCA_")[2].startswith(_NOT_SETTINGS)}
+
+
+def _newest(module: Any, name: str, former: str) -> Any:
+    """The function of that name, or of its former name: torch renamed some, and the old ones warn on every call."""
+    return getattr(module, name, None) or getattr(module, former)
 
 
 def _torch() -> Any:

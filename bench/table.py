@@ -39,7 +39,7 @@ def columns(options: Options, rivals: list[str], several_doors: bool) -> list[Co
     found = [
         Column("size B", 10, lambda row, ours: str(row.case.size)),
         Column("count", 10, lambda row, ours: str(row.case.count)),
-        Column("type", max(7, len(options.dtype)), lambda row, ours: row.case.dtype),
+        Column("type", max(7, len(options.dtype)), lambda row, ours: row.case.dtype if row.case.count else "none"),
         Column("redop", 5, lambda row, ours: row.case.op or "none"),
     ]
     if options.collective.rooted:
@@ -70,7 +70,6 @@ def _rival_columns(index: int, name: str) -> list[Column]:
 
     return [
         Column(f"{name} us", 10, lambda row, ours: same(row, ours, lambda m: microseconds(m.timing.seconds))),
-        Column("busbw", 7, lambda row, ours: same(row, ours, lambda m: bandwidth(row.case.busbw(m.timing.seconds)))),
         Column("#wrong", 6, lambda row, ours: same(row, ours, _wrong), _alarm),
         Column(f"{name}/abccl", 10, times, lambda cell: "" if not cell else "green" if float(cell) >= 1 else "yellow"),
     ]
@@ -257,7 +256,7 @@ def as_data(report: Report) -> dict[str, Any]:
 
 def _row_as_data(row: Row) -> dict[str, Any]:
     case = row.case
-    shared = {"size": case.size, "count": case.count, "type": case.dtype, "redop": case.op or None}
+    shared = {"size": case.size, "count": case.count, "type": case.dtype if case.count else None, "redop": case.op or None}
     figures = []
     for measured in (*row.ours, *row.rivals):
         seconds = measured.timing.seconds

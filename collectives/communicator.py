@@ -353,8 +353,10 @@ class Communicator:
                 f"{call}: messages between ranks are served by the shm transport, and this communicator runs over "
                 f"{self._transport.name}"
             )
-        post = self._native.post_send if call == "send" else self._native.post_receive
-        work = post(peer, tag, address, nbytes, keep, self.timeout, asynchronous)
+        if call == "send":
+            work = self._native.post_send(peer, tag or 0, address, nbytes, keep, self.timeout, asynchronous)
+        else:
+            work = self._native.post_receive(peer, tag, address, nbytes, keep, self.timeout, asynchronous)
         if asynchronous:
             return work
         self._native.wait_message(work, self.timeout)

@@ -178,7 +178,8 @@ void Communicator::tick() {
             endpoint.check_collective();
             if (now > queue_.front()->deadline)
                 endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
-        } else if (now.time_since_epoch().count() > messages_deadline_.load(std::memory_order_relaxed)) {
+        } else if (now.time_since_epoch().count() > messages_deadline_.load(std::memory_order_relaxed) &&
+                   mailbox.progress() == Outcome::blocked) {
             std::unique_lock<std::mutex> lock(mutex_);
             const bool idle = queue_.empty();
             lock.unlock();
