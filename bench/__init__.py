@@ -2,5 +2,6 @@
 
 `python -m abccl.bench all_reduce --vs gloo`, or `abccl bench`. Files in reading order: `collectives` (what is measured:
 buffers, bus factors), `data` (random data and the result it must give), `peers` (who is measured), `measure` (how),
-`run` (the whole of it, on every rank), `table` and `machine` (what is printed and kept), `__main__` (the command).
+`world` (the ranks), `options` (what was asked for), `run` (the whole of it, on every rank), `table` and `machine` (what
+is printed and kept), `__main__` (the command).
 """

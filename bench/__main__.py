@@ -14,36 +14,25 @@ from ..errors import AbcclError, ArgumentError
 from .collectives import OPERATORS, to_bytes
 
 
-class Size(click.ParamType):
-    """A number of bytes, as in 64K."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See click."""
-        try:
-            return value if isinstance(value, int) else to_bytes(value)
-        except ArgumentError as error:
-            self.fail(str(error), param, ctx)
+def a_size(text: str) -> int:
+    """A number of bytes, as in 64K, for click."""
+    try:
+        return to_bytes(text)
+    except ArgumentError as error:
+        raise click.BadParameter(str(error)) from error
 
 
-class Words(click.ParamType):
-    """Words with commas between, each one of those known (any if none are given)."""
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between."""
+    return tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
 
-    name = "names"
 
-    def __init__(self, *known: str) -> None:
-        self.known = known
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """See click."""
-        if isinstance(value, tuple):
-            return value
-        words = tuple(dict.fromkeys(filter(None, (word.strip() for word in value.split(",")))))
-        for word in words:
-            if self.known and word not in self.known:
-                self.fail(f"{word!r} is not known: there are {', '.join(self.known)}", param, ctx)
-        return words
+def libraries(text: str) -> tuple[str, ...]:
+    """Names of libraries to compare with."""
+    for word in words(text):
+        if word not in ("gloo", "mpi"):
+            raise click.BadParameter(f"there is no {word!r} to compare with: there are gloo and mpi")
+    return words(text)
 
 
 class Failure(click.ClickException):
@@ -58,21 +47,31 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("collective", metavar="COLLECTIVE")
 @click.option("--ranks", type=click.IntRange(1), help="Processes to start; 2 by default. Not under mpirun or torchrun.")
-@click.option("-b", "--min", "smallest", type=Size(), default="4", show_default=True, help="Bytes; K, M, G are 1024-fold.")
-@click.option("-e", "--max", "largest", type=Size(), default="64M", show_default=True, help="Bytes.")
+@click.option("-b", "--min", "smallest", type=a_size, metavar="SIZE", default="4", help="4 by default; or 64K, 1M, ...")
+@click.option("-e", "--max", "largest", type=a_size, metavar="SIZE", default="64M", help="64M by default.")
 @click.option("-f", "--factor", type=click.IntRange(2), default=4, show_default=True, help="From a size to the next.")
-@click.option("-d", "--dtype", default="float32", show_default=True, help="The element type, as numpy or torch names it.")
+@click.option("-d", "--dtype", default="float32", show_default=True, help="Of the elements, as numpy names it.")
 @click.option("-o", "--op", type=click.Choice(OPERATORS), help="The operator of a reduction; sum by default.")
 @click.option("--root", type=int, help="A fixed root; without it the root changes from call to call.")
-@click.option("--algorithm", type=Words(), default="auto", show_default=True, help="Names, auto, or all.")
-@click.option("--vs", "rivals", type=Words("gloo", "mpi"), default="", help="Compare with: gloo, mpi, or both.")
+@click.option("--algorithm", type=words, metavar="NAMES", default="auto", help="With commas; auto (default), or all.")
+@click.option(
+    "--vs", "rivals", type=libraries, metavar="NAMES", default="", help="Compare with gloo, mpi, or gloo,mpi."
+)
 @click.option("--through", type=click.Choice(["direct", "torch"]), help="How abccl is called; as its peer by default.")
 @click.option("--array", type=click.Choice(["numpy", "torch"]), help="What abccl's own calls get; numpy by default.")
 @click.option("--in-place/--out-of-place", default=None, help="For all_reduce and reduce; in place by default.")
-@click.option("--loop", type=click.Choice(["latency", "isolated", "throughput"]), help="For rooted collectives: below.")
+@click.option(
+    "--loop", type=click.Choice(["latency", "isolated", "throughput"]), help="For rooted collectives: see above."
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Hold results against a reference.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.25, show_default=True, help="For each size.")
-@click.option("--iterations", type=click.IntRange(1), help="Calls for each size, instead of --seconds.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=0.25,
+    show_default=True,
+    help="For each library and size.",
+)
+@click.option("--iterations", type=click.IntRange(1), help="Calls, instead of --seconds.")
 @click.option("--json", "json_file", type=FILE, help="Write everything there, the time of every round included.")
 @click.option("--csv", "csv_file", type=FILE, help="Write the table there.")
 def bench(
@@ -100,12 +99,18 @@ def bench(
     changes at random from call to call, and each call waits for the one before (--loop latency). With --root R there is
     a barrier before each call (isolated); --loop throughput measures the pipeline.
 
+    \b
+    python -m abccl.bench all_reduce --ranks 2 --vs gloo
+    torchrun --nproc-per-node 2 -m -- abccl.bench all_reduce --max 1M --vs gloo
+    mpirun -n 2 python -m abccl.bench all_reduce --vs mpi
+
     Results are checked on random data against float64, before and after timing. Exits with 1 if any is wrong, with 2
     after an error.
     """
     from ..tools.arguments import to_collective
     from .measure import Budget
-    from .run import Options, measure
+    from .options import Options
+    from .run import measure
     from .table import Printer, write_csv, write_json
 
     report, error = None, None
@@ -121,7 +126,7 @@ def bench(
             sizes=(smallest, largest, factor),
             budget=Budget(seconds, iterations),
             algorithms=algorithm or ("auto",),
-            command=shlex.join(["python -m abccl.bench", *sys.argv[1:]]).replace("'python -m abccl.bench'", "python -m abccl.bench"),
+            command=f"{_program()} {shlex.join(sys.argv[1:])}",
             **options,
         )
         report, error = measure(asked, Printer)
@@ -136,6 +141,11 @@ def bench(
             write_csv(report, csv_file)
         if report.wrong:
             raise SystemExit(1)
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m abccl.bench" if name == "__main__.py" else name
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     start: int
     sources: tuple[int, ...]
     offset: int
-    count: int
+    elements: int
 
 
 def pieces(case: Case, rank: int, root: int) -> list[Piece]:
@@ -120,9 +120,10 @@ def _exponent(dtype: str) -> int:
 
 def _finfo(dtype: str) -> Any:
     if dtype == "bfloat16":
-        import ml_dtypes
+        from ml_dtypes import finfo
 
-        return ml_dtypes.finfo(numpy_dtype(dtype))
+        of_half: Any = finfo
+        return of_half(numpy_dtype(dtype))
     return np.finfo(numpy_dtype(dtype))
 
 
@@ -151,7 +152,7 @@ def count_wrong(case: Case, result: Values, seed: int, rank: int, root: int) -> 
 
 def _chunks(piece: Piece) -> Iterator[tuple[int, int]]:
     """The piece's range of elements, cut where chunks begin."""
-    start, end = piece.offset, piece.offset + piece.count
+    start, end = piece.offset, piece.offset + piece.elements
     while start < end:
         stop = min(end, (start // CHUNK + 1) * CHUNK)
         yield start, stop

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,9 +26,6 @@ from .collectives import Case
 from .data import Values
 from .measure import Call
 from .world import World, import_or
-
-DOORS = ("direct", "torch")
-"""The ways to abccl."""
 
 
 class Buffers:
@@ -134,7 +130,7 @@ class AbcclDirect(Peer):
         comm, here = self.comm, self.rank == root
         x, out = buffers.arrays() if self.array == "numpy" else buffers.tensors()
         op = premul_sum(1 / case.ranks) if case.op == "premul_sum" else case.op
-        forced = {} if self.algorithm == "auto" else {"algorithm": self.algorithm}
+        forced: dict[str, Any] = {} if self.algorithm == "auto" else {"algorithm": self.algorithm}
         options: dict[str, Any] = forced if case.in_place else {"out": out, **forced}
         match case.collective:
             case Collective.ALL_REDUCE:
@@ -173,9 +169,9 @@ class TorchPeer(Peer):
         dist, group, here = self.distributed, self.group, self.rank == root
         x, out = buffers.tensors()
         if not case.in_place and case.facts.both_ways:
-            raise ArgumentError(f"torch.distributed has {case.collective.value} in place only: leave out --out-of-place")
+            raise ArgumentError(f"torch.distributed has its {case.collective.value} in place: leave out --out-of-place")
         if case.op == "premul_sum":
-            raise ArgumentError("torch.distributed has premul_sum for NCCL only: take another --op, or --through direct")
+            raise ArgumentError("torch.distributed has premul_sum for NCCL only: take another --op or --through direct")
         op = getattr(dist.ReduceOp, case.op.upper()) if case.op else None
         match case.collective:
             case Collective.ALL_REDUCE:
@@ -277,8 +273,7 @@ class MPI(Peer):
         return getattr(self.mpi, names[case.dtype])
 
     def _operator(self, case: Case) -> Any:
-        logical = {"sum": "LOR", "max": "LOR", "bor": "LOR", "prod": "LAND", "min": "LAND", "band": "LAND", "bxor": "LXOR"}
-        name = logical[case.op] if case.dtype == "bool" else case.op.upper()
+        name = (_LOGICAL if case.dtype == "bool" else {}).get(case.op, case.op.upper())
         if not hasattr(self.mpi, name):
             raise ArgumentError(f"MPI has no operator {case.op}: take another --op, or leave out --vs mpi")
         return getattr(self.mpi, name)
@@ -290,11 +285,7 @@ class MPI(Peer):
         return {"version": version, **_settings("OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "UCX_", "FI_", "I_MPI_")}
 
 
-RIVALS: dict[str, Callable[[World], Peer]] = {"gloo": Gloo, "mpi": MPI}
-"""What --vs may name."""
-
-RIVALS_DOORS = {"gloo": "torch", "mpi": "direct"}
-"""The way to abccl that each is compared with."""
+_LOGICAL = {"sum": "LOR", "max": "LOR", "bor": "LOR", "prod": "LAND", "min": "LAND", "band": "LAND", "bxor": "LXOR"}
 
 # Variables that Open MPI's launcher sets in every run: no settings of the user's.
 _NOT_SETTINGS = ("ess", "pmix", "orte", "initial_wdir", "num_procs", "PREFIXES", "cpu_type", "prte")

@@ -6,150 +6,23 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..algorithms import Collective, algorithms, lookup
 from ..collectives import bootstrap, spawn
 from ..collectives.choice import choose
-from ..errors import AbcclError, ArgumentError, CollectiveError
-from ..transports.types import check_operator, element_type
-from .collectives import FACTS, Case, cases
+from ..errors import AbcclError, CollectiveError
+from .collectives import Case, cases
 from .data import calls_until_overflow, count_wrong, fill, poison
 from .machine import cores_of_this_rank, machine
-from .measure import Budget, Call, Meter, Subject, Timing
-from .peers import RIVALS, RIVALS_DOORS, AbcclDirect, AbcclTorch, Buffers, Peer
+from .measure import Call, Meter, Subject, Timing
+from .options import Options
+from .peers import MPI, AbcclDirect, AbcclTorch, Buffers, Gloo, Peer
 from .world import World, launcher
 
 DEFAULT_RANKS = 2
-LOOPS = ("latency", "isolated", "throughput")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for.
-
-    Attributes:
-        collective: what is measured.
-        ranks: how many to start; None to take those that were started.
-        sizes: smallest, largest, factor between.
-        dtype: the element type.
-        op: the operator; None for sum, or for none where nothing is reduced.
-        algorithms: names, "auto" for the library's choice, "all" for each that runs on so many ranks.
-        rivals: the libraries to compare with.
-        through: the way to abccl, "direct" or "torch"; None for the one that each rival is called by.
-        array: "numpy" or "torch", what abccl's own calls get; None for numpy.
-        in_place: None for the natural form.
-        root: None for any.
-        loop: one of LOOPS; None for latency, or isolated where a root is given.
-        check: whether results are checked.
-        budget: how long.
-        command: what the user typed.
-    """
-
-    collective: Collective
-    ranks: int | None = None
-    sizes: tuple[int, int, int] = (4, 64 << 20, 4)
-    dtype: str = "float32"
-    op: str | None = None
-    algorithms: tuple[str, ...] = ("auto",)
-    rivals: tuple[str, ...] = ()
-    through: str | None = None
-    array: str | None = None
-    in_place: bool | None = None
-    root: int | None = None
-    loop: str | None = None
-    check: bool = True
-    budget: Budget = field(default_factory=lambda: Budget(0.25))
-    command: str = ""
-
-    def settled(self, ranks: int) -> Options:
-        """The same with every default filled in for so many ranks.
-
-        Raises:
-            ArgumentError: they contradict each other, or abccl has no such thing.
-        """
-        call, facts = self.collective.value, FACTS[self.collective]
-        if self.ranks not in (None, ranks):
-            raise ArgumentError(f"{ranks} ranks were started, and --ranks says {self.ranks}: leave it out")
-        if self.op is not None and not self.collective.reduces:
-            raise ArgumentError(f"{call} has no operator: leave out --op {self.op}")
-        op = (self.op or "sum") if self.collective.reduces else ""
-        element_type(self.dtype)
-        if op:
-            check_operator(op, self.dtype)
-        if self.in_place not in (None, facts.in_place) and not facts.both_ways:
-            form = "in place" if facts.in_place else "out of place"
-            raise ArgumentError(f"{call} is measured {form} only: leave out the option")
-        if self.sizes[0] > self.sizes[1]:
-            raise ArgumentError(f"--min is {self.sizes[0]} bytes and --max is {self.sizes[1]}: it must not be less")
-        if self.root is not None and not (self.collective.rooted and 0 <= self.root < ranks):
-            wanted = f"a rank from 0 to {ranks - 1}" if self.collective.rooted else f"left out: {call} has no root"
-            raise ArgumentError(f"--root {self.root}: it must be {wanted}")
-        if self.loop == "latency" and self.root is not None:
-            raise ArgumentError("--loop latency changes the root from call to call: leave out --root, or --loop isolated")
-        loop = self.loop or ("latency" if self.root is None else "isolated")
-        named = tuple(dict.fromkeys(self._named(ranks)))
-        if len(named) > 1 and "torch" in self._doors():
-            raise ArgumentError(
-                "torch.distributed's calls do not name an algorithm: give one, or measure abccl's own calls by "
-                "--through direct"
-            )
-        root = 0 if self.root is None and loop != "latency" and self.collective.rooted else self.root
-        in_place = facts.in_place if self.in_place is None else self.in_place
-        return replace(self, ranks=ranks, op=op, algorithms=named, in_place=in_place, root=root, loop=loop)
-
-    def _named(self, ranks: int) -> list[str]:
-        """The algorithms by name, without those that do not run on so many ranks if all were asked for."""
-        found = []
-        for name in self.algorithms:
-            if name == "all":
-                found += [a.name for a in algorithms(self.collective).values() if not a.refusal(ranks)]
-            else:
-                wants = None if name == "auto" else lookup(self.collective, name).refusal(ranks)
-                if wants:
-                    raise ArgumentError(f"{self.collective.value} {name} wants {wants}, and there are {ranks}")
-                found.append(name)
-        return found
-
-    def _doors(self) -> list[str]:
-        """The ways by which abccl is called."""
-        return list(dict.fromkeys(self.through or RIVALS_DOORS[name] for name in self.rivals)) or [
-            self.through or "direct"
-        ]
-
-    def peers(self, world: World) -> tuple[list[Peer], list[Peer]]:
-        """abccl in all the ways asked for, and the libraries to compare it with.
-
-        Raises:
-            AbcclError: one can not be had here.
-        """
-        ours: list[Peer] = []
-        rivals = [RIVALS[name](world) for name in self.rivals]
-        for rival in rivals:
-            rival.door = self.through or rival.door
-        for door in self._doors():
-            for name in self.algorithms:
-                if door == "torch":
-                    ours.append(AbcclTorch(world, name))
-                else:
-                    ours.append(AbcclDirect(world, name, self.array or "numpy"))
-        return ours, rivals
-
-    @property
-    def library(self) -> str:
-        """Who allocates the buffers."""
-        uses_torch = "torch" in self._doors() or any(RIVALS_DOORS[name] == "torch" for name in self.rivals)
-        return self.array or ("torch" if uses_torch else "numpy")
-
-    @property
-    def roots(self) -> list[int]:
-        """The roots that the loop goes through."""
-        assert self.ranks is not None
-        changes = self.collective.rooted and self.loop == "latency"
-        return list(range(self.ranks)) if changes else [self.root or 0]
 
 
 @dataclass(frozen=True)
@@ -246,7 +119,7 @@ def measure_here(options: Options, own: bootstrap.Bootstrap, listener: Listener)
 
 def _measure(options: Options, world: World, listener: Listener) -> Report:
     assert options.op is not None and options.in_place is not None
-    ours, rivals = options.peers(world)
+    ours, rivals = peers(options, world)
     facts = {**machine(), "cores_of_ranks": world.tell(cores_of_this_rank())}
     about = {peer.name if peer in rivals else f"abccl {peer.door}": peer.about() for peer in (*ours, *rivals)}
     report = Report(options, world.launcher, facts, about, [])
@@ -263,16 +136,33 @@ def _measure(options: Options, world: World, listener: Listener) -> Report:
     return report
 
 
-def _measure_case(
-    options: Options, world: World, case: Case, number: int, ours: list[Peer], rivals: list[Peer]
-) -> Row:
-    peers = [*ours, *rivals]
+def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
+    """abccl in all the ways asked for, and the libraries to compare it with.
+
+    Raises:
+        AbcclError: one can not be had here.
+    """
+    ours: list[Peer] = []
+    rivals: list[Peer] = [{"gloo": Gloo, "mpi": MPI}[name](world) for name in options.rivals]
+    for rival in rivals:
+        rival.door = options.door(rival.name)
+    for door in options.doors():
+        for name in options.algorithms:
+            if door == "torch":
+                ours.append(AbcclTorch(world, name))
+            else:
+                ours.append(AbcclDirect(world, name, options.array or "numpy"))
+    return ours, rivals
+
+
+def _measure_case(options: Options, world: World, case: Case, number: int, ours: list[Peer], rivals: list[Peer]) -> Row:
+    everyone = [*ours, *rivals]
     buffers = Buffers(case, options.library)
-    calls = [[peer.prepare(case, buffers, root) for root in options.roots] for peer in peers]
-    wrong = [0] * len(peers)
+    calls = [[peer.prepare(case, buffers, root) for root in options.roots] for peer in everyone]
+    wrong = [0] * len(everyone)
 
     def check(seed: int, which: int) -> None:
-        for index, peer in enumerate(peers):
+        for index, peer in enumerate(everyone):
             wrong[index] += _check(peer, calls[index][which], case, buffers, world, options.roots[which], seed)
 
     if options.check:
@@ -285,7 +175,7 @@ def _measure_case(
         if fresh is not None:
             np.copyto(buffers.x, fresh)
 
-    for index, peer in enumerate(peers):
+    for index, peer in enumerate(everyone):
         for call in calls[index]:
             refill()
             peer.first(call, case)
@@ -293,9 +183,10 @@ def _measure_case(
     timings = meter.measure([Subject(of_peer, refill, limit) for of_peer in calls], options.budget)
     if options.check:
         check(2 * number + 1, -1)
+    totals = [world.total(number) if options.check else None for number in wrong]
     measured = [
-        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case), timing, world.total(w) if options.check else None)
-        for peer, timing, w in zip(peers, timings, wrong)
+        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case), timing, total)
+        for peer, timing, total in zip(everyone, timings, totals)
     ]
     return Row(case, tuple(measured[: len(ours)]), tuple(measured[len(ours) :]))
 
@@ -333,8 +224,8 @@ def measure(options: Options, make_listener: Callable[[], Listener]) -> tuple[Re
         make_listener: makes rank 0's listener, where rank 0 is; a function that a new process can import.
 
     Returns:
-        The report, on rank 0 and where the ranks were started from; or what to tell the user about a failure. Neither on
-        another rank that has nothing to tell.
+        The report, on rank 0 and where the ranks were started from; or what to tell the user about a failure. Neither
+        on a rank that has nothing to tell.
     """
     own = bootstrap.find()
     if launcher(own):

@@ -18,7 +18,8 @@ from rich.text import Text
 from ..algorithms import Collective
 from .collectives import Case, in_words
 from .machine import BUSY
-from .run import Listener, Measured, Options, Report, Row, geometric_mean
+from .options import Options
+from .run import Listener, Measured, Report, Row, geometric_mean
 
 CAP = 10.0
 """A ratio counts for no more in the capped mean."""
@@ -40,7 +41,7 @@ def columns(options: Options, rivals: list[str], several_doors: bool) -> list[Co
         Column("size B", 10, lambda row, ours: str(row.case.size)),
         Column("count", 10, lambda row, ours: str(row.case.count)),
         Column("type", max(7, len(options.dtype)), lambda row, ours: row.case.dtype if row.case.count else "none"),
-        Column("redop", 5, lambda row, ours: row.case.op or "none"),
+        Column("redop", max(5, len(options.op or "")), lambda row, ours: row.case.op or "none"),
     ]
     if options.collective.rooted:
         root = "all" if len(options.roots) > 1 else str(options.roots[0])
@@ -256,7 +257,8 @@ def as_data(report: Report) -> dict[str, Any]:
 
 def _row_as_data(row: Row) -> dict[str, Any]:
     case = row.case
-    shared = {"size": case.size, "count": case.count, "type": case.dtype if case.count else None, "redop": case.op or None}
+    dtype = case.dtype if case.count else None
+    shared = {"size": case.size, "count": case.count, "type": dtype, "redop": case.op or None}
     figures = []
     for measured in (*row.ours, *row.rivals):
         seconds = measured.timing.seconds

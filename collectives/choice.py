@@ -13,18 +13,28 @@ from ..errors import ArgumentError
 ENVIRONMENT = "ABCCL_ALGORITHM"
 """Forces an algorithm: "ring", or "all_reduce=ring,broadcast=tree"."""
 
-# For each collective: up to so many bytes (of the largest buffer of a rank) this algorithm. Figures behind it:
-# docs/performance.md.
-_RULES: dict[Collective, tuple[tuple[float, str], ...]] = {
-    Collective.ALL_REDUCE: ((16 << 10, "recursive_doubling"), (float("inf"), "two_shot")),
-    Collective.REDUCE_SCATTER: ((float("inf"), "direct"),),
-    Collective.ALL_GATHER: ((float("inf"), "direct"),),
-    Collective.BROADCAST: ((64 << 10, "tree"), (float("inf"), "direct")),
-    Collective.ALL_TO_ALL: ((float("inf"), "pairwise"),),
-    Collective.REDUCE: ((64 << 10, "tree"), (float("inf"), "direct")),
-    Collective.GATHER: ((float("inf"), "direct"),),
-    Collective.SCATTER: ((float("inf"), "direct"),),
-    Collective.BARRIER: ((float("inf"), "recursive_doubling"),),
+_ANY = float("inf")
+
+# The first row that holds decides: up to so many ranks, up to so many bytes (of the whole vector), this algorithm.
+# In shared memory one copy serves all readers and one pass folds all contributions, so few ranks talk directly; many
+# ranks save messages. Figures behind it: docs/performance.md.
+_RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
+    Collective.ALL_REDUCE: (
+        (2, 256 << 10, "recursive_doubling"),
+        (8, 16 << 10, "direct"),
+        (_ANY, 16 << 10, "recursive_doubling"),
+        (16, _ANY, "two_shot"),
+        (_ANY, 1 << 20, "rabenseifner"),
+        (_ANY, _ANY, "ring"),
+    ),
+    Collective.REDUCE_SCATTER: ((16, _ANY, "direct"), (_ANY, 1 << 20, "recursive_doubling"), (_ANY, _ANY, "ring")),
+    Collective.ALL_GATHER: ((16, _ANY, "direct"), (_ANY, 1 << 20, "recursive_doubling"), (_ANY, _ANY, "ring")),
+    Collective.BROADCAST: ((16, _ANY, "direct"), (_ANY, 1 << 20, "tree"), (_ANY, _ANY, "chain")),
+    Collective.ALL_TO_ALL: ((16, _ANY, "direct"), (_ANY, 64 << 10, "bruck"), (_ANY, _ANY, "pairwise")),
+    Collective.REDUCE: ((8, _ANY, "direct"), (_ANY, 1 << 20, "tree"), (_ANY, _ANY, "chain")),
+    Collective.GATHER: ((_ANY, _ANY, "direct"),),
+    Collective.SCATTER: ((_ANY, _ANY, "direct"),),
+    Collective.BARRIER: ((_ANY, _ANY, "recursive_doubling"),),
 }
 
 
@@ -44,7 +54,8 @@ def choose(collective: Collective, size: int, nbytes: int, asked: str | None = N
                 f"{collective.value}: {name} wants {wants}, and there are {size}: choose another algorithm"
             )
         return chosen
-    return lookup(collective, next(name for limit, name in _RULES[collective] if nbytes <= limit))
+    rows = _RULES[collective]
+    return lookup(collective, next(name for ranks, most, name in rows if size <= ranks and nbytes <= most))
 
 
 def _forced(collective: Collective) -> str | None:
