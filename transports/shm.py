@@ -80,6 +80,7 @@ class ShmTransport(Transport):
         self.native.streaming_from = NEVER
         if 1 < size <= 2 * cores:
             self.native.streaming_from = self._calibrate()
+            self.native.number_from_here()
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
         """Make and announce the own region, attach to all others; returns what went wrong anywhere."""

@@ -222,6 +222,7 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("abort", &Communicator::abort)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
+        .def("number_from_here", [](Communicator& c) { c.endpoint.number_from_here(); })
         .def("set_patience", [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
         .def_property(
             "streaming_from", [](const Communicator& c) { return c.endpoint.streaming_from(); },

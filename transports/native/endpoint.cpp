@@ -208,14 +208,18 @@ bool Endpoint::read_record(uint32_t peer, uint64_t sequence, uint32_t* signature
     return true;
 }
 
+std::string Endpoint::shown(uint64_t number) const {
+    return std::to_string(number > before_users_ ? number - before_users_ : 0);
+}
+
 std::string Endpoint::status(uint32_t peer) const {
     const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
     const uint64_t finished = control(peer).finished.load(std::memory_order_relaxed);
-    const std::string which = " #" + std::to_string(sequence_);
+    const std::string which = " #" + shown(sequence_);
     uint32_t signature = 0;
     std::string text = "nothing";
     if (entered != 0) read_record(peer, entered, &signature, &text);
-    const std::string last = text + (entered ? " #" + std::to_string(entered) : "");
+    const std::string last = text + (entered ? " #" + shown(entered) : "");
     if (control(peer).closed.load(std::memory_order_relaxed)) return "which has closed after " + last;
     if (entered < sequence_)
         return "which has not entered" + which + " (last: " + last + (finished < entered ? ", unfinished)" : ")");
@@ -238,13 +242,13 @@ void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
     std::string latest = "nothing";
     const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
     read_record(peer, entered, &signature, &latest);
-    refuse_pair(sequence_, text_, peer, "is at " + latest + " #" + std::to_string(entered) + detail);
+    refuse_pair(sequence_, text_, peer, "is at " + latest + " #" + shown(entered) + detail);
 }
 
 void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs) {
-    fail(static_cast<uint32_t>(Kind::mismatch),
-         "collective #" + std::to_string(number) + ": rank " + std::to_string(rank_) + " called " + ours + ", rank " +
-             std::to_string(peer) + " " + theirs + ": all ranks must make the same calls in the same order");
+    fail(static_cast<uint32_t>(Kind::mismatch), "collective #" + shown(number) + ": rank " + std::to_string(rank_) +
+                                                    " called " + ours + ", rank " + std::to_string(peer) + " " +
+                                                    theirs + ": all ranks must make the same calls in the same order");
 }
 
 void Endpoint::compare(uint32_t peer) {
@@ -279,7 +283,7 @@ void Endpoint::check_collective() {
         compare(peer);
         // A peer that has finished its part may go: what it sent stays readable.
         if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_)
-            lost(peer, text_ + " #" + std::to_string(sequence_));
+            lost(peer, text_ + " #" + shown(sequence_));
     }
 }
 

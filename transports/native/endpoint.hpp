@@ -83,6 +83,9 @@ class Endpoint {
     uint64_t enter(uint32_t signature, const std::string& text);
     void finish() { control_->finished.store(sequence_, std::memory_order_release); }
     uint64_t sequence() const { return sequence_; }
+    // The library's own collectives end here: what follows is numbered from 1 in messages to people.
+    void number_from_here() { before_users_ = sequence_; }
+    std::string shown(uint64_t number) const;
     // Throws Mismatch if `peer` is known to have called something else as its collective of the present number.
     void compare(uint32_t peer);
     // Whether `peer` has entered the present collective.
@@ -160,6 +163,7 @@ class Endpoint {
     std::vector<uint32_t> multicast_next_;
     std::vector<int> process_handles_;  // pidfds
     uint64_t sequence_ = 0;
+    uint64_t before_users_ = 0;
     uint32_t signature_ = 0;
     std::string text_;
     Patience patience_{2000, 2000};

@@ -179,7 +179,7 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
 
 std::string Execution::blame() const {
     const Plan& plan = *plan_;
-    const std::string self = plan.parameters.text + " #" + std::to_string(endpoint_.sequence()) + ": rank " +
+    const std::string self = plan.parameters.text + " #" + endpoint_.shown(endpoint_.sequence()) + ": rank " +
                              std::to_string(endpoint_.rank());
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
