@@ -103,10 +103,11 @@ class GroupWork(dist.Work):
                 self._future = source.then(partial(_value, self._result))
                 if self.is_completed():
                     source.set_result(self.exception())
-                elif self._completion is not None:
-                    self._completion.add(self, source)
+                elif self._completion is None or self._completion.is_here():
+                    # A callback may wait for the future of another operation, which its own thread can not complete.
+                    Completion("abccl future").add(self, source, last=True)
                 else:
-                    Completion("abccl message").add(self, source, last=True)
+                    self._completion.add(self, source)
             return self._future
 
     def source_rank(self) -> int:
@@ -151,6 +152,10 @@ class Completion:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
+
+    def is_here(self) -> bool:
+        """Whether this is the thread that completes futures."""
+        return self._thread is threading.current_thread()
 
     def stop(self) -> None:
         """End the thread, when it has completed all futures: what they wait for must end first."""
