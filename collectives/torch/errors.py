@@ -21,5 +21,6 @@ def _twin(kind: Any) -> Any:
 
 def torch_error(error: AbcclError) -> AbcclError:
     """The same error, that is a `torch.distributed.DistBackendError` (and so a RuntimeError) too."""
-    twin: AbcclError = _twin(type(error))(*error.args)
+    kind: Any = type(error)
+    twin: AbcclError = _twin(kind)(*error.args)
     return twin

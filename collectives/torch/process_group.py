@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from ...errors import AbcclError, ArgumentError
+from .. import Communicator, connect, premul_sum
 from ..bootstrap import Alone, Bootstrap, StoreBootstrap
-from ..communicator import Communicator, PremulSum, connect
 from . import buffers
 from .errors import torch_error
 from .futures import Completion, GroupWork
@@ -47,7 +47,7 @@ _OPERATORS: dict[int, str] = {
         "BXOR": "bxor",
     }.items()
 }
-_premul_sums: dict[float, PremulSum] = {}
+_premul_sums: dict[float, Any] = {}
 
 _open: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
@@ -548,7 +548,7 @@ class ProcessGroup(_ProcessGroup):  # type: ignore[misc]
     alltoall_base = all_to_all_single
 
 
-def _operator(op: Any) -> str | PremulSum:
+def _operator(op: Any) -> Any:
     name = _OPERATORS.get(hash(op))
     if name is not None:
         return name
@@ -556,7 +556,7 @@ def _operator(op: Any) -> str | PremulSum:
     if op != ReduceOp.PREMUL_SUM or factor is None:
         raise torch_error(ArgumentError(f"{op} is not served: use {', '.join(sorted(_OPERATORS.values()))}"))
     # One object for equal factors: the communicator tells operators apart by identity.
-    return _premul_sums.setdefault(float(factor), PremulSum(float(factor)))
+    return _premul_sums.setdefault(float(factor), premul_sum(float(factor)))
 
 
 def _with_timeout(opts: Any, timeout: timedelta | None) -> Any:
