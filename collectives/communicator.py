@@ -359,8 +359,13 @@ class Communicator:
             work = self._native.post_receive(peer, tag, address, nbytes, keep, self.timeout, asynchronous)
         if asynchronous:
             return work
-        self._native.wait_message(work, self.timeout)
+        self.wait_message(work)
         return None if call == "send" else work.source
+
+    def wait_message(self, work: Any) -> None:
+        """Wait in this thread for a send or recv with `async_op`: for a short message sooner than `work.wait()`."""
+        assert self._native is not None
+        self._native.wait_message(work, self.timeout)
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...errors import AbcclError
+from ...errors import AbcclError, DeadlineExceeded
 
 _Backend: Any = dist.DistBackendError
 
@@ -22,5 +22,8 @@ def _twin(kind: Any) -> Any:
 def torch_error(error: AbcclError) -> AbcclError:
     """The same error, that is a `torch.distributed.DistBackendError` (and so a RuntimeError) too."""
     kind: Any = type(error)
-    twin: AbcclError = _twin(kind)(*error.args)
+    text = str(error)
+    if isinstance(error, DeadlineExceeded) and "timeout" not in text:
+        text += ": the timeout has passed; give init_process_group a longer timeout if ranks are only slow"
+    twin: AbcclError = _twin(kind)(text)
     return twin

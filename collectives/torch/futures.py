@@ -126,6 +126,23 @@ class GroupWork(dist.Work):
                 finish()
 
 
+class ShortMessage:
+    """A native message that whoever waits for it moves on himself, beside the progress thread."""
+
+    def __init__(self, part: Any, wait: Callable[[Any], None]) -> None:
+        self._part, self._wait = part, wait
+        self.is_completed, self.finishes_within = part.is_completed, part.finishes_within
+
+    def wait(self) -> None:
+        """Wait until the message is there, or sent."""
+        self._wait(self._part)
+
+    @property
+    def source(self) -> int:
+        """The rank that the message came from."""
+        return int(self._part.source)
+
+
 def _value(result: list[Any], source: Any) -> list[Any]:
     error = source.value()
     if error is not None:
