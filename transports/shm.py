@@ -74,9 +74,10 @@ class ShmTransport(Transport):
                 f"shm serves ranks of one host and one user, and of {size} ranks not all can attach to each other: "
                 + "; ".join(refusals[:3])
             )
-        # More ranks than cores: whoever waits must let others run at once.
+        # Spinning longer than this gains nothing that was measured, and two ranks that the scheduler has put on one
+        # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
         cores = len(os.sched_getaffinity(0))
-        self.native.set_patience(*((50, 500) if size > cores else (2000, 2000)))
+        self.native.set_patience(*((50, 500) if size > cores else (200, 4000)))
         self.native.streaming_from = NEVER
         if 1 < size <= 2 * cores:
             self.native.streaming_from = self._calibrate()
