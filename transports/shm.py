@@ -77,7 +77,7 @@ class ShmTransport(Transport):
         # Spinning longer than this gains nothing that was measured, and two ranks that the scheduler has put on one
         # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
         cores = len(os.sched_getaffinity(0))
-        self.native.set_patience(*((50, 500) if size > cores else (200, 4000)))
+        self.native.set_patience(*((20, 500) if size > cores else (200, 4000)))
         self.native.streaming_from = NEVER
         if 1 < size <= 2 * cores:
             self.native.streaming_from = self._calibrate()
