@@ -1,7 +1,7 @@
 """Schedules: the vocabulary, the registry, the library of algorithms, and what reads them."""
 
 from . import bruck, chain, direct, double_tree, doubling, ring, scatter_all_gather, tree
-from .collective import Block, Collective
+from .collective import Block, Collective, to_collective
 from .cost import Link, check_counts, counts, measured
 from .registry import Algorithm, Counts, Restriction, algorithm, algorithms, at_least, lookup, per_rank, power_of_two
 from .replay import Replay, replay
@@ -35,4 +35,5 @@ __all__ = [
     "replay",
     "send",
     "steps",
+    "to_collective",
 ]

@@ -1,4 +1,7 @@
-"""The chain: each rank hands on to the next. Slow alone; segments and lanes of the plan fill it as a pipeline."""
+"""The chain: each rank hands on to the next. Slow alone; segments and lanes of the plan fill it as a pipeline.
+
+No paper: folklore.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def chain_reduce(rank: int, size: int) -> Program:
 def chain_all_reduce(rank: int, size: int) -> Program:
     """Reduce down the chain to rank 0, then broadcast up it.
 
-    2 (size - 1) steps on the chain, four per rank; 2 vectors sent, 1 folded.
+    2 (size - 1) steps on the chain, four per rank; a rank sends 2 vectors (1 if there are but 2 ranks), and folds 1.
     """
     yield from chain_reduce(rank, size)
     yield from chain_broadcast(rank, size)

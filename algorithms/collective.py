@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from ..errors import ArgumentError
+from .words import did_you_mean
+
 Block = int | tuple[int, int]
 
 
@@ -85,3 +88,16 @@ class Collective(Enum):
 _REDUCING = frozenset({Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE})
 _ROOTED = frozenset({Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER})
 _CUT = frozenset({Collective.ALL_REDUCE, Collective.BROADCAST, Collective.REDUCE})
+
+
+def to_collective(name: str) -> Collective:
+    """The collective of that name; `all-reduce` and `AllReduce` are understood.
+
+    Raises:
+        ArgumentError: there is none; near names are in the message.
+    """
+    plain = name.replace("-", "").replace("_", "").lower()
+    for collective in Collective:
+        if collective.value.replace("_", "") == plain:
+            return collective
+    raise ArgumentError(f"no collective is called {name!r}: {did_you_mean(name, [c.value for c in Collective])}")

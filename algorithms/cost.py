@@ -10,11 +10,14 @@ from .collective import Collective
 from .registry import Algorithm, Counts
 from .replay import Replay, replay
 from .schedule import Recv, Send, Step
+from .words import count
 
 
 @dataclass(frozen=True)
 class Link:
-    """The alpha-beta-gamma model of the way between two ranks (Hockney 1994; gamma from Thakur et al. 2005).
+    """The alpha-beta-gamma model of the way between two ranks.
+
+    Hockney 1994; gamma from Thakur, Rabenseifner & Gropp 2005.
 
     Attributes:
         alpha: seconds per message, whatever its length.
@@ -63,12 +66,12 @@ def check_counts(run: Replay) -> None:
     """
     declared = run.algorithm.counts(run.size) if run.algorithm.counts else None
     if declared is not None and declared != measured(run):
-        name = f"{run.algorithm.collective.value} {run.algorithm.name}, {run.size} ranks"
+        name = f"{run.algorithm.collective.value} {run.algorithm.name}, {count(run.size, 'rank')}"
         raise ScheduleError(f"{name}: the schedule has {_say(measured(run))}; declared are {_say(declared)}")
 
 
 def _say(counts: Counts) -> str:
-    return f"{counts.steps} steps, {counts.sent} sent, {counts.folded} folded"
+    return f"{count(counts.steps, 'step')}, {counts.sent} sent, {counts.folded} folded"
 
 
 def _sent(program: list[Step]) -> int:

@@ -1,4 +1,7 @@
-"""Direct exchange: every block goes straight to where it is needed. One step where the links allow it."""
+"""Direct exchange: every block goes straight to where it is needed. One step where the links allow it.
+
+No paper unless one is named: folklore.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def rabenseifner_all_reduce(rank: int, size: int) -> Program:
     """Recursive halving reduce_scatter, then recursive doubling all_gather.
 
     2 ceil(log2 size) steps; 2 (size - 1)/size of the vector sent, half of it folded: the ring's bytes in a
-    logarithm of its steps. Rabenseifner 2004.
+    logarithm of its steps. Rabenseifner 2004; where he folds other sizes than powers of two to one first, this
+    uses the dissemination pattern of Bruck et al. 1997.
     """
     yield from recursive_doubling_reduce_scatter(rank, size)
     yield from recursive_doubling_all_gather(rank, size)
@@ -77,8 +78,8 @@ def recursive_doubling_all_reduce(rank: int, size: int) -> Program:
     """The butterfly: pairs at distance 1, 2, 4, ... exchange whole vectors and both fold.
 
     Ranks beyond the largest power of two hand their vector to a twin first and get the result last.
-    log2 size steps, vectors sent and vectors folded for a power of two; for other sizes floor(log2 size) + 2
-    steps, and one more than floor(log2 size) of the others. Thakur, Rabenseifner & Gropp 2005.
+    log2 size steps, and as many vectors sent and folded, for a power of two; for other sizes
+    floor(log2 size) + 2 steps, and floor(log2 size) + 1 vectors sent and folded. Thakur, Rabenseifner & Gropp 2005.
     """
     core = 1 << floor_log2(size)
     twin = rank + core

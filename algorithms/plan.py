@@ -233,8 +233,8 @@ class _Lowering:
         except KeyError:
             a = self.algorithm
             raise ScheduleError(
-                f"{a.collective.value} {a.name}: rank {self.rank} of {self.size} uses block {block} at step {index} "
-                f"and does not hold it: run `abccl verify` on the algorithm"
+                f"{a.collective.value} {a.name}: rank {self.rank} of {self.size} uses block {block} at step "
+                f"{index + 1} and does not hold it: run `abccl verify` on the algorithm"
             ) from None
 
 
@@ -337,6 +337,7 @@ class Plan:
         segment: elements of each block in one segment.
         segments: how many segments this rank runs.
         lanes: how many segments are under way at a time.
+        input_count, output_count: elements of the buffers; an engine refuses a table that reaches beyond.
     """
 
     skeleton: Skeleton
@@ -345,6 +346,8 @@ class Plan:
     segment: int
     segments: int
     lanes: int
+    input_count: int
+    output_count: int
 
     @property
     def scratch_bytes(self) -> int:
@@ -360,12 +363,14 @@ def bind(
     slot_bytes: int,
     lanes: int = 1,
     segment_bytes: int | None = None,
+    counts: tuple[int, int] | None = None,
 ) -> Plan:
     """Give a skeleton its sizes. Cost: linear in the blocks that the rank touches.
 
     Args:
         slot_bytes: the longest message that the transport takes.
         segment_bytes: the longest message wanted, if that is less.
+        counts: elements of the input and the output buffer; what the table needs, if None.
 
     Raises:
         ArgumentError: not even one element of each block of the largest message fits a slot.
@@ -384,4 +389,7 @@ def bind(
         )
     longest = int(table[:, 0].max(initial=0))
     segment = max(1, min(segment, longest))
-    return Plan(skeleton, table, itemsize, segment, max(1, -(-longest // segment)), lanes)
+    if counts is None:
+        ends = np.where(table[:, 1:] >= 0, table[:, :1] + table[:, 1:], 0).max(axis=0, initial=0)
+        counts = (int(ends[0]), int(ends[1]))
+    return Plan(skeleton, table, itemsize, segment, max(1, -(-longest // segment)), lanes, *counts)

@@ -6,15 +6,18 @@ function's. Everything that a caller must know beside the schedule is declared h
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any, NamedTuple, TypeVar
 
-from ..errors import ArgumentError, UnknownAlgorithm
-from .collective import Block, Collective
+from ..errors import AbcclError, ArgumentError, ScheduleError, UnknownAlgorithm
+from .collective import Block, Collective, to_collective
 from .schedule import Program, Step, relabel, steps
+from .words import did_you_mean
+
+T = TypeVar("T")
 
 SizeFunction = Callable[[int], int]
 
@@ -125,8 +128,10 @@ def algorithm(
         name: another name than the function's.
 
     Raises:
-        ArgumentError: `blocks` given where the collective fixes them, or the name is taken by another function.
+        ArgumentError: something declared is not what is wanted, `blocks` are given where the collective fixes them,
+            or the name is taken by another function.
     """
+    _check_declared(collective, blocks, largest, restrictions, counts)
     if blocks is not None and not collective.cut:
         raise ArgumentError(f"{collective.value} fixes its blocks (one per rank): leave out blocks={blocks!r}")
 
@@ -137,14 +142,19 @@ def algorithm(
             raise ArgumentError(
                 f"{collective.value} {key} is taken by {_origin(known.function)}: give the new function another name"
             )
+
+        def declared(what: str, value: Any, convert: Callable[[Any], T]) -> Callable[[int], T]:
+            function = value if callable(value) else lambda size: value
+            return _readable(f"{collective.value} {key}: {what}", function, convert)
+
         _registry[collective][key] = Algorithm(
             key,
             collective,
             function,
-            _as_function(blocks if blocks is not None else (1 if collective.cut else per_rank)),
-            _as_function(largest),
-            tuple(restrictions),
-            counts,
+            declared("blocks", blocks if blocks is not None else (1 if collective.cut else per_rank), index),
+            declared("largest", largest, index),
+            tuple(replace(r, holds=declared(f"restriction to {r.wants}", r.holds, bool)) for r in restrictions),
+            declared("counts", counts, _as_counts) if counts else None,
         )
         return function
 
@@ -165,13 +175,47 @@ def lookup(collective: Collective, name: str) -> Algorithm:
     known = _registry[collective]
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    raise UnknownAlgorithm(f"no {collective.value} algorithm is called {name!r}: {hint}")
+    raise UnknownAlgorithm(f"no {collective.value} algorithm is called {name!r}: {did_you_mean(name, known)}")
 
 
-def _as_function(value: int | SizeFunction) -> SizeFunction:
-    return value if callable(value) else lambda size: value
+def _check_declared(collective: Any, blocks: Any, largest: Any, restrictions: Any, counts: Any) -> None:
+    """Refuse what can be seen to be wrong before there is a number of ranks."""
+    if not isinstance(collective, Collective):
+        wanted = to_collective(collective) if isinstance(collective, str) else Collective.ALL_REDUCE
+        raise ArgumentError(
+            f"@algorithm wants a collective in parentheses, and got {collective!r}: "
+            f"write @algorithm(Collective.{wanted.name})"
+        )
+    for what, value in (("blocks", blocks), ("largest", largest)):
+        if not (value is None or callable(value) or hasattr(value, "__index__")):
+            raise ArgumentError(f"{what} wants a number, or a function of the number of ranks, and got {value!r}")
+    if not isinstance(restrictions, Sequence) or not all(isinstance(r, Restriction) for r in restrictions):
+        raise ArgumentError(
+            f"restrictions wants a list of Restriction, and got {restrictions!r}: write [power_of_two], [at_least(4)] "
+            f"or [Restriction('an even number of ranks', lambda size: size % 2 == 0)]"
+        )
+    if not (counts is None or callable(counts)):
+        raise ArgumentError(f"counts wants a function of the number of ranks, and got {counts!r}: write lambda p: ...")
+
+
+def _readable(what: str, function: Callable[[int], Any], convert: Callable[[Any], T]) -> Callable[[int], T]:
+    """What an algorithm's author declared, with errors that say so."""
+
+    def checked(size: int) -> T:
+        try:
+            return convert(function(size))
+        except AbcclError:
+            raise
+        except Exception as error:
+            raise ScheduleError(f"{what} for {size} ranks: {type(error).__name__}: {error}") from error
+
+    return checked
+
+
+def _as_counts(value: Any) -> Counts:
+    if not isinstance(value, Counts):
+        raise TypeError(f"wanted is Counts(steps, sent, folded), and it is {value!r}")
+    return value
 
 
 def _origin(function: Any) -> str:

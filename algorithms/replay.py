@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ..errors import AbcclError, ArgumentError, ScheduleError
+from . import registry, schedule
 from .collective import Block, Collective
 from .expressions import Expressions, Value
 from .registry import Algorithm
 from .schedule import Message, Recv, Send, Step
+from .words import count
 
 ROOM = 2  # unread messages per ordered pair that every engine has room for
 
@@ -74,14 +76,17 @@ class Replay:
         """The longest chain of dependent messages."""
         return max((end for ends in self.ends for end in ends), default=0)
 
-    def held(self, time: int) -> list[dict[Block, Value]]:
-        """What every rank holds when `time` units have passed, from 0 (the start) to `steps` (the end)."""
-        held = [dict(blocks) for blocks in self.before]
+    def history(self) -> Iterator[list[dict[Block, Value]]]:
+        """What every rank holds after each unit of time, from 0 (the start) to `steps` (the end)."""
+        due: list[list[tuple[int, dict[Block, Value]]]] = [[] for _ in range(self.steps + 1)]
         for rank, changes in enumerate(self.changes):
             for end, change in zip(self.ends[rank], changes):
-                if end <= time:
-                    held[rank].update(change)
-        return held
+                due[end].append((rank, change))
+        held = [dict(blocks) for blocks in self.before]
+        for news in due:
+            for rank, change in news:
+                held[rank] = held[rank] | change
+            yield list(held)
 
 
 def replay(algorithm: Algorithm, size: int, root: int = 0) -> Replay:
@@ -139,20 +144,20 @@ class _Run:
 
     def fail(self, what: str) -> NoReturn:
         root = f", root {self.root}" if self.root else ""
-        raise ScheduleError(f"{self.collective.value} {self.algorithm.name}, {_count(self.size, 'rank')}{root}: {what}")
+        raise ScheduleError(f"{self.collective.value} {self.algorithm.name}, {count(self.size, 'rank')}{root}: {what}")
 
     # Each step by itself.
 
     def _program(self, rank: int) -> list[Step]:
         try:
             return self.algorithm.program(rank, self.size, self.root)
+        except ScheduleError as error:
+            self.fail(f"the program of rank {rank}: {error}{_line(error)}")
         except AbcclError:
             raise
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}, line {last.lineno}"
+        except (Exception, SystemExit) as error:
             self.fail(
-                f"the program of rank {rank} raised {type(error).__name__}: {error} ({where}); "
+                f"the program of rank {rank} raised {type(error).__name__}: {error}{_line(error)}; "
                 "it must yield messages, or tuples of them"
             )
 
@@ -192,7 +197,7 @@ class _Run:
         if max(1, blocks) != declared:
             where = f"rank {rank}, step {number + 1}: {_say(m)}" if m else "there is no message"
             self.fail(
-                f"the largest message has {_count(max(1, blocks), 'block')}, declared is largest={declared} ({where})"
+                f"the largest message has {count(max(1, blocks), 'block')}, declared is largest={declared} ({where})"
             )
 
     # All ranks together, a send waiting for its receive.
@@ -408,6 +413,13 @@ class _Run:
         return f"rank {rank} changed it last in step {numbers[-1] + 1}" if numbers else f"rank {rank} never changed it"
 
 
+def _line(error: BaseException) -> str:
+    """Where in the program it was raised; nothing if the program was not running."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if f.filename not in (__file__, registry.__file__, schedule.__file__)]
+    return f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""
+
+
 def _say(m: Message) -> str:
     if isinstance(m, Send):
         return f"send {_names(m.blocks)} to rank {m.peer}"
@@ -419,10 +431,6 @@ def _names(blocks: Sequence[Block]) -> str:
         return "an empty message"
     shown = ", ".join(map(str, blocks[:6])) + (", ..." if len(blocks) > 6 else "")
     return f"block{'s' if len(blocks) > 1 else ''} {shown}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -10,8 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import index
 
+from ..errors import ScheduleError
 from .collective import Block
+
+LIMIT = 1_000_000
+"""The steps after which a program is taken for one that never ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +43,43 @@ Program = Iterable[Message | Iterable[Message]]
 
 def send(peer: int, *blocks: Block) -> Send:
     """A message to `peer`. Several blocks travel together, in the order named."""
-    return Send(peer, blocks)
+    return Send(*_checked("send", peer, blocks))
 
 
 def recv(peer: int, *blocks: Block, reduce: bool = False) -> Recv:
     """A message from `peer`, blocks as the sender names them. With `reduce`, it is folded into the own value."""
-    return Recv(peer, blocks, reduce)
+    return Recv(*_checked("recv", peer, blocks), reduce)
+
+
+def _checked(call: str, peer: int, blocks: tuple[Block, ...]) -> tuple[int, tuple[Block, ...]]:
+    """Peer and blocks as ints of Python, whoever's integers they are."""
+    try:
+        return index(peer), tuple(block if type(block) is int else _block(block) for block in blocks)
+    except TypeError:
+        got = ", ".join(map(repr, (peer, *blocks)))
+        raise ScheduleError(
+            f"{call} wants a rank and blocks, which are integers or (source, destination), as in {call}(1, 0) or "
+            f"{call}(1, (0, 1)), and got {call}({got}): several blocks are written {call}(1, *blocks), and // divides "
+            f"to an integer"
+        ) from None
+
+
+def _block(block: Block) -> Block:
+    if not isinstance(block, tuple):
+        return index(block)
+    source, destination = block if len(block) == 2 else (None, None)
+    return index(source), index(destination)
 
 
 def steps(program: Program) -> Iterator[Step]:
-    """The program's steps in one form: tuples of messages, empty steps left out."""
-    for yielded in program:
+    """The program's steps in one form: tuples of messages, empty steps left out.
+
+    Raises:
+        ScheduleError: it seems never to end.
+    """
+    for number, yielded in enumerate(program):
+        if number == LIMIT:
+            raise ScheduleError(f"it yielded {LIMIT:,} steps and did not end: give its loop an end")
         step = (yielded,) if isinstance(yielded, (Send, Recv)) else tuple(yielded)
         if step:
             yield step
@@ -66,9 +97,9 @@ def relabel(
     """
     for step in steps(program):
         yield tuple(
-            Send(ranks(m.peer), tuple(map(blocks, m.blocks)))
+            send(ranks(m.peer), *map(blocks, m.blocks))
             if isinstance(m, Send)
-            else Recv(ranks(m.peer), tuple(map(blocks, m.blocks)), m.reduce)
+            else recv(ranks(m.peer), *map(blocks, m.blocks), reduce=m.reduce)
             for m in step
         )
 

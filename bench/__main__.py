@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..algorithms import Collective
+from ..algorithms import Collective, to_collective
 from ..errors import AbcclError, ArgumentError
 from .collectives import OPERATORS, to_bytes
 
@@ -33,6 +33,18 @@ def libraries(text: str) -> tuple[str, ...]:
         if word not in ("gloo", "mpi"):
             raise click.BadParameter(f"there is no {word!r} to compare with: there are gloo and mpi")
     return words(text)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the measurement, not after it. A new file is left empty.
+
+    Raises:
+        ArgumentError: the file can not be opened for writing.
+    """
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ArgumentError(f"{path} can not be written ({error.strerror}): name another file") from error
 
 
 class Failure(click.ClickException):
@@ -107,7 +119,6 @@ def bench(
     Results are checked on random data against float64, before and after timing. Exits with 1 if any is wrong, with 2
     after an error.
     """
-    from ..tools.arguments import to_collective
     from .measure import Budget
     from .options import Options
     from .run import measure
@@ -116,8 +127,7 @@ def bench(
     report, error = None, None
     try:
         for path in filter(None, (json_file, csv_file)):
-            if not path.parent.is_dir():
-                raise ArgumentError(f"{path} can not be written: there is no folder {path.parent}")
+            check_writable(path)
         kind = to_collective(collective)
         if kind is Collective.BARRIER and options["dtype"] != "float32":
             raise ArgumentError("a barrier has no data: leave out --dtype")

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..algorithms.words import ranges
+
 BUSY = 0.5
 """A load average above which timings are noise."""
 
@@ -36,11 +38,4 @@ def cpu() -> str:
 
 def cores_of_this_rank() -> str:
     """The cores that this process may run on, as in 0-3,8."""
-    cores = sorted(os.sched_getaffinity(0))
-    runs: list[list[int]] = []
-    for core in cores:
-        if runs and runs[-1][1] == core - 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ranges(sorted(os.sched_getaffinity(0)), comma=",")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
     """
     if isinstance(array, np.ndarray):
         found = _numpy_view(array, name, call, writable)
-    elif hasattr(array, "data_ptr") and hasattr(array, "is_contiguous"):
+    elif _is_tensor(array):
         found = _torch_view(array, name, call)
     else:
         wanted = "numpy array or torch CPU tensor"
@@ -62,6 +63,11 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
     if found.dtype not in NUMBERS:
         raise ArgumentError(f"{call}: {name} has element type {found.dtype}: convert it to one of {', '.join(NUMBERS)}")
     return found
+
+
+def _is_tensor(array: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
 
 
 def _numpy_view(array: np.ndarray[Any, Any], name: str, call: str, writable: bool) -> View:
@@ -90,7 +96,8 @@ def _torch_view(tensor: Any, name: str, call: str) -> View:
             f"{call}: {name} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) is not contiguous: pass "
             f"{name}.contiguous()"
         )
-    if tensor.is_complex() and tensor.is_conj():
-        raise ArgumentError(f"{call}: {name} is a conjugated view: pass {name}.resolve_conj()")
+    if tensor.is_conj() or tensor.is_neg():
+        lazy = "conj" if tensor.is_conj() else "neg"
+        raise ArgumentError(f"{call}: {name} is a lazy {lazy} view of other memory: pass {name}.resolve_{lazy}()")
     dtype = str(tensor.dtype).removeprefix("torch.")
     return View(name, dtype, tensor.numel(), tensor.element_size(), tensor.data_ptr())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
 from .choice import choose
 
-FORWARDING_FREE = ("pairwise", "direct")
+FORWARDING_FREE = ("direct", "pairwise")
 """The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
 
 _PROVED_UP_TO = 64
@@ -37,8 +37,16 @@ class PremulSum(NamedTuple):
         return f"premul_sum {self.factor}"
 
 
+@lru_cache(1024)
 def premul_sum(factor: float) -> PremulSum:
-    """The operator that sums `factor` times each rank's value, for floating and complex types."""
+    """The operator that sums `factor` times each rank's value, for floating and complex types.
+
+    Raises:
+        ArgumentError: `factor` is no number.
+    """
+    # Kept, because the dispatcher knows operators by identity.
+    if not isinstance(factor, (int, float, np.floating, np.integer)):
+        raise ArgumentError(f"premul_sum: factor must be a number, and is {factor!r}")
     return PremulSum(float(factor))
 
 
@@ -87,7 +95,7 @@ class Binder:
         if not isinstance(root, (int, np.integer)) or not 0 <= root < self.size:
             raise ArgumentError(f"{collective.value}: root must be a rank from 0 to {self.size - 1}, and is {root!r}")
         uneven = op if isinstance(op, Uneven) else Uneven(op if op is not None else "sum")
-        source, target = self._views(collective, x, out, root)
+        source, target = self._views(collective, x, out, root, uneven)
         known = source or target or _NOTHING
         kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
         chosen = self._choose(collective, source, target, uneven, algorithm)
@@ -98,13 +106,16 @@ class Binder:
             known.itemsize,
             slot_bytes=self._transport.slot_bytes,
             lanes=self._transport.lanes,
+            counts=(source.count if source else 0, target.count if target else 0),
         )
         text = self._describe(collective, source, target, uneven, int(root), chosen)
         signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
         operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text)
         return self._transport.prepare(plan, operation)
 
-    def _views(self, collective: Collective, x: Array, out: Array, root: int) -> tuple[View | None, View | None]:
+    def _views(
+        self, collective: Collective, x: Array, out: Array, root: int, uneven: Uneven
+    ) -> tuple[View | None, View | None]:
         """The buffers that take part, checked for what the collective asks of them."""
         call = collective.value
         if collective is Collective.BARRIER:
@@ -122,10 +133,10 @@ class Binder:
         if source and target:
             if source.dtype != target.dtype:
                 raise ArgumentError(f"{call}: x is {source.dtype} and out is {target.dtype}: both must be of one type")
-            self._check_overlap(collective, source, target)
+            self._check_overlap(collective, source, target, uneven)
         return source, target
 
-    def _check_overlap(self, collective: Collective, source: View, target: View) -> None:
+    def _check_overlap(self, collective: Collective, source: View, target: View, uneven: Uneven) -> None:
         """In place is allowed where a part lies at its natural offset."""
         if not source.count or not target.count or source.end <= target.address or target.end <= source.address:
             return
@@ -138,8 +149,10 @@ class Binder:
             Collective.REDUCE_SCATTER: (target, source),
             Collective.SCATTER: (target, source),
         }.get(collective)
-        if own and own[0].address == own[1].address + self.rank * own[0].count * own[0].itemsize:
-            return
+        if own:
+            before = sum(uneven.counts[: self.rank]) if uneven.counts else self.rank * own[0].count
+            if own[0].address == own[1].address + before * own[0].itemsize:
+                return
         raise ArgumentError(
             f"{collective.value}: x and out overlap"
             + (", other than at this rank's own part" if own else "")
@@ -153,6 +166,8 @@ class Binder:
         if isinstance(op, PremulSum):
             check_operator("premul_sum", dtype)
             return "sum", Scaling.BEFORE, op.factor
+        if not isinstance(op, str):
+            raise ArgumentError(f"{collective.value}: op must be an operator's name, and is {op!r}: pass \"sum\", say")
         if op == "premul_sum":
             raise ArgumentError("premul_sum wants its factor: pass op=abccl.premul_sum(0.5)")
         check_operator(op, dtype)
@@ -162,8 +177,8 @@ class Binder:
         self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, asked: str | None
     ) -> Algorithm:
         """The algorithm. All ranks come to the same one: what only one rank sees is not looked at."""
-        if uneven.sent is not None:
-            return self._proved(choose(collective, self.size, 0, asked or FORWARDING_FREE[0]))
+        if uneven.sent is not None and uneven.matrix is None and asked is None:
+            return self._proved(choose(collective, self.size, 0, FORWARDING_FREE[0]))
         match collective:
             case Collective.ALL_GATHER:
                 whole = target
@@ -236,8 +251,8 @@ class Binder:
             return f"barrier({chosen.name})"
         known = (target if collective is Collective.SCATTER else source) or _NOTHING
         what = f"{known.count} elements"
-        if uneven.sent is not None:
-            what = "split elements"
+        if collective is Collective.ALL_TO_ALL:
+            what = "parts"  # one rank may give its splits where another's are equal: messages tell their lengths
         elif uneven.counts is not None:
             what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
         details = [known.dtype, *([str(uneven.op)] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 
 from ..algorithms import Algorithm, Collective, algorithms, lookup
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownAlgorithm
 
 ENVIRONMENT = "ABCCL_ALGORITHM"
-"""Forces an algorithm: "ring", or "all_reduce=ring,broadcast=tree"."""
+"""Forces an algorithm: "ring", or "all_reduce=ring,broadcast=tree". Read when a call of some kind is first seen. An
+all_to_all with splits follows only `algorithm=`: others may have to gather all sizes first."""
 
 _ANY = float("inf")
 
@@ -45,9 +46,12 @@ def choose(collective: Collective, size: int, nbytes: int, asked: str | None = N
         UnknownAlgorithm: none of that name.
         ArgumentError: the algorithm asked for does not run on `size` ranks.
     """
-    name = asked or _forced(collective)
+    name = _forced(collective) if asked is None else asked
     if name is not None:
-        chosen = lookup(collective, name)
+        try:
+            chosen = lookup(collective, name)
+        except UnknownAlgorithm as error:
+            raise UnknownAlgorithm(f"{error}" if asked is not None else f"{ENVIRONMENT}: {error}") from None
         wants = chosen.refusal(size)
         if wants:
             raise ArgumentError(
@@ -73,5 +77,5 @@ def _forced(collective: Collective) -> str | None:
     if general is None or general in algorithms(collective):
         return general
     if not any(general in algorithms(other) for other in Collective):
-        lookup(collective, general)
+        raise UnknownAlgorithm(f"{ENVIRONMENT}={text!r}: no collective has an algorithm called {general!r}")
     return None

@@ -49,7 +49,8 @@ class Communicator:
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
-    in host memory. Calls from several threads are serialised. After a CollectiveError the communicator is broken.
+    in host memory. Calls from several threads are serialised. After a CollectiveError the communicator is
+    broken. send, recv and split are there over shm only.
 
     Attributes:
         rank: this rank, from 0.
@@ -66,17 +67,17 @@ class Communicator:
         self._closed = False
         self._binder = Binder(transport)
         self._interned: dict[Uneven, Uneven] = {}
+        self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
         # Weak, or the dispatcher and the communicator would keep each other alive.
         this = weakref.ref(self)
-        dispatcher = _native.Dispatcher(
+        self._dispatcher = _native.Dispatcher(
             self._native,
             lambda *arguments: _alive(this)._bind(*arguments),
             lambda *arguments: _alive(this)._execute(*arguments),
             timeout,
         )
-        self._dispatcher = dispatcher
-        self._call: Callable[..., Any] = dispatcher.function()
+        self._call: Callable[..., Any] = self._dispatcher.function()
         _open.add(self)
 
     def __repr__(self) -> str:
@@ -127,7 +128,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             op, algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = op if counts is None else self._intern(Uneven(op, counts=tuple(counts)))
+        extra = op if counts is None else self._intern(Uneven(op, counts=tuple(int(count) for count in counts)))
         return self._call(_REDUCE_SCATTER, x, out, extra, 0, algorithm, async_op)
 
     def all_gather(
@@ -147,7 +148,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = None if counts is None else self._intern(Uneven(counts=tuple(counts)))
+        extra = None if counts is None else self._intern(Uneven(counts=tuple(int(count) for count in counts)))
         return self._call(_ALL_GATHER, x, out, extra, 0, algorithm, async_op)
 
     def broadcast(self, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False) -> Any:
@@ -237,7 +238,7 @@ class Communicator:
             Mismatch: the message has another number of bytes than `x`.
             ArgumentError, CollectiveError: as in `all_reduce`.
         """
-        return self._message("recv", x, ANY_SOURCE if peer is None else peer, tag, async_op)
+        return self._message("recv", x, peer, tag, async_op)
 
     # ---- groups, and the end
 
@@ -248,6 +249,11 @@ class Communicator:
             This rank's new communicator; None if its color is None.
         """
         self._check_usable()
+        for name, value in (("color", color), ("key", key)):
+            if not isinstance(value, (int, np.integer)) and not (name == "color" and value is None):
+                raise ArgumentError(f"split: {name} must be an integer, and is {value!r}")
+        if self._native is None:
+            raise TransportError(f"split is served by the shm transport, and this is one over {self._transport.name}")
         mine = np.array([color is not None, color or 0, key], dtype=np.int64)
         everyone = np.empty((self.size, 3), dtype=np.int64)
         self.all_gather(everyone, mine)
@@ -260,11 +266,14 @@ class Communicator:
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
-        self.timeout = seconds
-        self._dispatcher.set_timeout(seconds)
+        if not seconds > 0:
+            raise ArgumentError(f"set_timeout: seconds must be positive, and is {seconds}")
+        self.timeout = float(seconds)
+        self._dispatcher.set_timeout(self.timeout)
 
     def abort(self, reason: str = "abort() was called") -> None:
         """Make every rank's present and future calls raise `Aborted`. From any thread."""
+        self._check_usable()
         self._transport.abort(Aborted(f"rank {self.rank}: {reason}"))
 
     def close(self) -> None:
@@ -277,10 +286,16 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
+    def __del__(self) -> None:
+        # Peers that still wait for this rank learn that it has gone.
+        if hasattr(self, "_call"):
+            self.close()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not self._closed and not isinstance(error, CollectiveError):
+        harmless = error is None or isinstance(error, (CollectiveError, SystemExit))
+        if not harmless and not self._closed and self._generation == _native.fork_generation():
             self.abort(f"left its communicator by {type(error).__name__}: {error}")
         self.close()
 
@@ -333,13 +348,15 @@ class Communicator:
         self._queue.run(operation)
         return None
 
-    def _message(self, call: str, x: Array, peer: int, tag: int | None, asynchronous: bool) -> Any:
+    def _message(self, call: str, x: Array, peer: int | None, tag: int | None, asynchronous: bool) -> Any:
         self._check_usable()
         sends = call == "send"
         buffer = view(x, "x", call, writable=not sends)
-        if peer == self.rank or not (0 <= peer < self.size or (peer == ANY_SOURCE and not sends)):
+        if peer is None and not sends:
+            peer = ANY_SOURCE
+        elif not isinstance(peer, (int, np.integer)) or peer == self.rank or not 0 <= peer < self.size:
             raise ArgumentError(
-                f"{call}: peer must be another rank from 0 to {self.size - 1}, and is {peer} on rank {self.rank}"
+                f"{call}: peer must be another rank from 0 to {self.size - 1}, and is {peer!r} on rank {self.rank}"
             )
         if tag is not None and tag < 0:
             raise ArgumentError(f"{call}: tag must not be negative, and is {tag}")
@@ -358,14 +375,17 @@ class Communicator:
         else:
             work = self._native.post_receive(peer, tag, address, nbytes, keep, self.timeout, asynchronous)
         if asynchronous:
+            self._messages = [pending for pending in self._messages if not pending.is_completed()]
+            self._messages.append(work)
             return work
         self.wait_message(work)
         return None if call == "send" else work.source
 
     def wait_message(self, work: Any) -> None:
         """Wait in this thread for a send or recv with `async_op`: for a short message sooner than `work.wait()`."""
+        self._check_usable()
         assert self._native is not None
-        self._native.wait_message(work, self.timeout)
+        self._native.wait_message(work)
 
     def _check_usable(self) -> None:
         if self._closed:

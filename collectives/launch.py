@@ -6,6 +6,7 @@ and hands back, and at the end the pickled result or the traceback. Only the par
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from operator import index
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 from ..errors import ArgumentError, CollectiveError, DeadlineExceeded, PeerLost, RankFailed
 from . import bootstrap
@@ -36,7 +38,7 @@ _STARTED, _EXCHANGE, _RETURNED, _FAILED, _PEER_FAILED, _LOST = (bytes([number]) 
 
 def spawn(
     fn: Callable[..., T],
-    ranks: int = 2,
+    ranks: SupportsIndex = 4,
     args: Sequence[Any] = (),
     *,
     timeout: float | None = None,
@@ -53,20 +55,24 @@ def spawn(
         start_method: of multiprocessing. "fork" takes any function but is unsafe once this process has threads.
 
     Raises:
-        ArgumentError: `fn` or `args` can not be taken to a new process.
+        ArgumentError: an argument is not what is wanted, or can not be taken to a new process.
         RankFailed: a rank raised (its traceback is in the message), or ended without returning.
         DeadlineExceeded: not all ranks had returned after `timeout` seconds.
     """
     if not callable(fn):
         raise ArgumentError(f"spawn wants a function, and got {fn!r}")
-    if not isinstance(ranks, int) or ranks < 1:
+    if not hasattr(ranks, "__index__") or (size := index(ranks)) < 1:
         raise ArgumentError(f"spawn wants at least one rank, and got ranks={ranks!r}")
+    if not isinstance(args, (list, tuple)):
+        raise ArgumentError(f"spawn wants the arguments as a tuple, and got {args!r}: write args=({args!r},)")
+    if timeout is not None and not (isinstance(timeout, SupportsFloat) and 0 < float(timeout) < math.inf):
+        raise ArgumentError(f"spawn wants a positive number of seconds, or None, and got timeout={timeout!r}")
     if start_method not in multiprocessing.get_all_start_methods():
         known = ", ".join(multiprocessing.get_all_start_methods())
         raise ArgumentError(f"no start method {start_method!r}: there are {known}")
     if start_method != "fork":
         _check_importable(fn)
-    family = _Family(ranks, None if timeout is None else time.monotonic() + timeout)
+    family = _Family(size, None if timeout is None else time.monotonic() + timeout)
     try:
         family.start(fn, tuple(args), start_method)
         family.run(timeout)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -51,6 +53,13 @@ def pytest_sessionfinish() -> None:
 def root() -> Path:
     """The repository's root, which is the package."""
     return ROOT
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The test's file as a module that a process started by `abccl.spawn` can import: `spawn(here.body, 2)`."""
+    monkeypatch.syspath_prepend(str(request.path.parent))
+    return importlib.import_module(request.path.stem)
 
 
 @pytest.fixture

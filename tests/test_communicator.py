@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -308,7 +309,7 @@ def test_the_environment_forces_an_algorithm(monkeypatch: pytest.MonkeyPatch) ->
     for text, wanted in [
         ("ring", "no error"),
         ("all_reduce=tree,broadcast=chain", "no error"),
-        ("rign", "algorithm is called 'rign'"),
+        ("rign", "no collective has an algorithm called 'rign'"),
         ("al_reduce=ring", "is no collective"),
     ]:
         monkeypatch.setenv("ABCCL_ALGORITHM", text)
@@ -318,13 +319,23 @@ def test_the_environment_forces_an_algorithm(monkeypatch: pytest.MonkeyPatch) ->
 
 def works_with_processes() -> int:
     with abccl.init(timeout=60) as c:
-        x = np.full(300_001, c.rank + 1.0)
-        c.all_reduce(x)
-        assert (x == c.size * (c.size + 1) / 2).all()
+        for collective in (Collective.ALL_REDUCE, Collective.BROADCAST, Collective.ALL_TO_ALL):
+            for name in algorithms(collective):
+                for count in (1, 7 * c.size, 100_003 * c.size):
+                    x, out = np.full(count, c.rank + 1.0), np.empty(count)
+                    if collective is Collective.ALL_REDUCE:
+                        c.all_reduce(x, algorithm=name)
+                        assert (x == c.size * (c.size + 1) / 2).all()
+                    elif collective is Collective.BROADCAST:
+                        c.broadcast(x, c.size - 1, algorithm=name)
+                        assert (x == c.size).all()
+                    elif count % c.size == 0:
+                        c.all_to_all(out, x, algorithm=name)
+                        assert np.array_equal(out.reshape(c.size, -1)[:, 0], np.arange(c.size) + 1.0)
         c.barrier()
         return c.size
 
 
 @pytest.mark.ranks
-def test_processes(ranks: int) -> None:
-    assert abccl.spawn(works_with_processes, ranks, timeout=60, start_method="fork") == [ranks] * ranks
+def test_processes(here: ModuleType, ranks: int) -> None:
+    assert abccl.spawn(here.works_with_processes, ranks, timeout=60) == [ranks] * ranks

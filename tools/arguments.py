@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from ..algorithms import Algorithm, Collective, Replay, algorithms, lookup, replay
+from ..algorithms import Algorithm, Collective, Replay, algorithms, lookup, replay, to_collective
 from ..errors import ArgumentError
-
-
-def to_collective(name: str) -> Collective:
-    """The collective of that name; `all-reduce` and `AllReduce` are understood.
-
-    Raises:
-        ArgumentError: there is none; near names are in the message.
-    """
-    plain = {c.value.replace("_", ""): c for c in Collective}
-    key = name.replace("_", "").replace("-", "").lower()
-    if key in plain:
-        return plain[key]
-    near = [plain[k].value for k in difflib.get_close_matches(key, plain, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(c.value for c in Collective)}"
-    raise ArgumentError(f"no collective is called {name!r}: {hint}")
 
 
 def rank_numbers(text: str) -> list[int]:
@@ -49,17 +33,6 @@ def rank_numbers(text: str) -> list[int]:
     return sorted(found)
 
 
-def ranges(numbers: Iterable[int], dash: str = "-", comma: str = ", ") -> str:
-    """Ascending numbers in writing, as in 1-40, 64."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return comma.join(str(a) if a == b else f"{a}{dash}{b}" for a, b in runs)
-
-
 def load(path: Path) -> list[Algorithm]:
     """Run a user's file and return the algorithms that it registers.
 
@@ -75,10 +48,10 @@ def load(path: Path) -> list[Algorithm]:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ArgumentError(
-            f"{error.filename}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
-        ) from error
-    except Exception as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        text = f": {error.text.strip()}" if error.text else ""
+        raise ArgumentError(f"{error.filename or path}{line}: {error.msg}{text}") from error
+    except (Exception, SystemExit) as error:
         raise ArgumentError(_in_file(path, error)) from error
     found = [a for c in Collective for a in algorithms(c).values() if a.function.__module__ == name]
     if not found:
@@ -86,7 +59,7 @@ def load(path: Path) -> list[Algorithm]:
     return found
 
 
-def _in_file(path: Path, error: Exception) -> str:
+def _in_file(path: Path, error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
     where = f"{path}, line {frames[-1].lineno}" if frames else str(path)
     return f"{where}: {type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import click
 
 from ..algorithms import Block, Replay
 from ..algorithms.replay import Transfer
+from ..errors import ArgumentError
 from .arguments import replayed, schedule_arguments
 from .frames import Cell, Row, frames, letters, rows, summary
 
@@ -21,6 +22,9 @@ PALE, DEEP, DONE = (236, 242, 250), (122, 170, 222), "#3f9b63"
 
 MARGIN, GUTTER, HEAD, FOOT = 24, 62, 78, 56
 CELL, BETWEEN = 20, 24
+
+MOST_RANKS = 64
+"""The most ranks whose picture can be read, and written in some seconds."""
 
 
 @click.command()
@@ -33,9 +37,14 @@ def draw(collective: str, algorithm: str, file: Path | None, ranks: int, root: i
     finished; arrows are messages with the blocks they carry. FILE is a Python file that registers the algorithm,
     if it is your own. Without -o the file is called COLLECTIVE-ALGORITHM-RANKS.svg.
     """
+    if ranks > MOST_RANKS:
+        raise ArgumentError(f"{ranks} ranks do not fit a picture: draw {MOST_RANKS} at most; `abccl verify` takes more")
     run = replayed(collective, algorithm, file, ranks, root)
     path = output or Path(f"{run.algorithm.collective.value}-{run.algorithm.name}-{ranks}.svg")
-    path.write_text(picture(run), encoding="utf-8")
+    try:
+        path.write_text(picture(run), encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"{path} can not be written ({error.strerror}): name another file by -o") from error
     click.echo(f"{summary(run)}: {path}")
 
 

@@ -6,7 +6,7 @@ import string
 from typing import NamedTuple
 
 from ..algorithms import Block, Collective, Replay, measured
-from .arguments import ranges
+from ..algorithms.words import count, ranges
 
 WRITTEN_OUT = 3  # longer sums are abbreviated
 
@@ -48,16 +48,13 @@ def rows(run: Replay) -> list[Row]:
 def frames(run: Replay) -> list[list[list[Cell]]]:
     """The cells by time, row and rank; time 0 is the start."""
     layout = rows(run)
-    held = run.held(0)
-    found = [[[_cell(run, row, held[rank], False) for rank in range(run.size)] for row in layout]]
-    for time in range(1, run.steps + 1):
-        before, held = held, run.held(time)
-        found.append(
-            [
-                [_cell(run, row, held[rank], _differs(row, before[rank], held[rank])) for rank in range(run.size)]
-                for row in layout
-            ]
-        )
+    found = []
+    before: list[dict[Block, int]] = []
+    for held in run.history():
+        # At the start there is nothing before, and nothing new.
+        pairs = list(zip(before or held, held))
+        found.append([[_cell(run, row, new, _differs(row, old, new)) for old, new in pairs] for row in layout])
+        before = held
     return found
 
 
@@ -89,5 +86,5 @@ def summary(run: Replay) -> str:
     root = f", root {run.root}" if a.collective.rooted else ""
     folded = f", {counts.folded} folded" if a.collective.reduces else ""
     whole = "send buffer" if a.collective is Collective.ALL_TO_ALL else "vector"
-    steps = f"{counts.steps} step{'' if counts.steps == 1 else 's'}"
-    return f"{a.collective.value} {a.name}, {run.size} ranks{root}: {steps}, {counts.sent} of the {whole} sent{folded}"
+    ranks, steps = count(run.size, "rank"), count(counts.steps, "step")
+    return f"{a.collective.value} {a.name}, {ranks}{root}: {steps}, {counts.sent} of the {whole} sent{folded}"

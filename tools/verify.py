@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ..algorithms import Algorithm, Collective, algorithms, check_counts, replay
+from ..algorithms import Algorithm, Collective, algorithms, check_counts, replay, to_collective
+from ..algorithms.words import did_you_mean, ranges
 from ..errors import ArgumentError, ScheduleError
-from .arguments import load, ranges, rank_numbers, to_collective
+from .arguments import load, rank_numbers
 
 ROOTS = 18
 
@@ -58,15 +58,18 @@ def _choose(file: Path | None, collectives: list[Collective], names: tuple[str, 
     """The algorithms of the file, or all, less those that were not asked for.
 
     Raises:
-        ArgumentError: a name is nobody's; near names are in the message.
+        ArgumentError: a collective or a name selects nothing; near names are in the message.
     """
-    chosen = load(file) if file else [a for c in Collective for a in algorithms(c).values()]
-    chosen = [a for a in chosen if not collectives or a.collective in collectives]
-    known = {a.name for a in chosen}
+    every = load(file) if file else [a for c in Collective for a in algorithms(c).values()]
+    for collective in collectives:
+        if not any(a.collective is collective for a in every):
+            there = ", ".join(dict.fromkeys(a.collective.value for a in every))
+            raise ArgumentError(f"{file or 'the library'} has no {collective.value} algorithm: there are {there}")
+    chosen = [a for a in every if not collectives or a.collective in collectives]
+    known = dict.fromkeys(a.name for a in chosen)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
-            raise ArgumentError(f"no algorithm is called {name!r}: did you mean {' or '.join(near) or 'another file'}?")
+            raise ArgumentError(f"no algorithm is called {name!r}: {did_you_mean(name, known)}")
     return [a for a in chosen if not names or a.name in names]
 
 
@@ -86,4 +89,4 @@ def _prove(algorithm: Algorithm, ranks: list[int], advance: Callable[[], None]) 
         advance()
     if not proved:
         return f"wants {algorithm.refusal(ranks[0])}, not tried"
-    return f"{ranges(proved)} ranks: ok"
+    return f"{ranges(proved)} {'rank' if proved == [1] else 'ranks'}: ok"

@@ -54,7 +54,7 @@ def outcomes(transports: Sequence[Transport], main: Callable[[Transport], Any], 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(transports))]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + 5 * patience
+    until = time.monotonic() + patience + 5  # the last wait's deadline, and what is done beside it
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     return results

@@ -102,7 +102,6 @@ class Transport(ABC):
     """
 
     name: ClassVar[str]
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     rank: int
     size: int

@@ -187,7 +187,7 @@ class PortableExecution:
     def _late(self) -> str:
         waits = [what for lane, _ in self.running if (what := lane.waits_for()) is not None]
         return (
-            f"{self.prepared.operation.text} #{self.number}: rank {self.transport.rank} of {self.transport.size} "
+            f"{self.prepared.operation.text} #{self.number + 1}: rank {self.transport.rank} of {self.transport.size} "
             f"{waits[0] if waits else 'is not done'} at its deadline: has that rank called it, is it alive? "
             f"If it is only slow, give a longer timeout"
         )
@@ -313,14 +313,14 @@ class _Lane:
             raise Mismatch(f"{me} got {request.length} bytes from {peer} that are no message of this library")
         signature, run, tag, segment, text = HEADER.unpack(header)
         theirs = text.rstrip(b"\0").decode(errors="replace")
-        called = f"{me} called {prepared.operation.text} #{number}, {peer} called {theirs} #{run}"
+        called = f"{me} called {prepared.operation.text} #{number + 1}, {peer} called {theirs} #{run + 1}"
         if (signature, run) != (prepared.operation.signature, number):
             raise Mismatch(f"{called}: all ranks must call the same collectives in the same order")
         blocks = _names(prepared.plan.skeleton, receiving.blocks)
         step = _step(prepared, arrival.position)
         raise Mismatch(
-            f"{prepared.operation.text} #{number}: at step {step} {me} wants from {peer} blocks {blocks} of segment "
-            f"{self.segment}, {request.wanted - HEADER.size} bytes, and it sends "
+            f"{prepared.operation.text} #{number + 1}: at step {step} {me} wants from {peer} blocks {blocks} of "
+            f"segment {self.segment}, {request.wanted - HEADER.size} bytes, and it sends "
             f"{'these' if tag == receiving.tag else 'other'} blocks of segment {segment}, "
             f"{request.length - HEADER.size} bytes: check the schedule by `abccl verify`, and the counts on both ranks"
         )
@@ -375,8 +375,8 @@ def _names(skeleton: Skeleton, blocks: Sequence[int]) -> str:
 
 
 def _step(prepared: PortablePlan, position: int) -> int:
-    """The schedule's step that an instruction is from."""
-    return sum(isinstance(instruction, Release) for instruction in prepared.program[:position])
+    """The schedule's step that an instruction is from, the first being 1."""
+    return 1 + sum(isinstance(instruction, Release) for instruction in prepared.program[:position])
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -65,7 +65,7 @@ class ShmTransport(Transport):
         self.lanes = LANES
         self.slot_bytes = slot_bytes(size)
         self.geometry = _native.Geometry(size, LANES, SLOTS, self.slot_bytes)
-        self._timeout = 365 * 86400.0
+        self._timeout = 365 * 86400.0  # of the verbs, whose callers have deadlines of their own
         refusals = self._connect(exchange, named=False)
         if refusals:
             refusals = self._connect(exchange, named=True)
@@ -76,7 +76,7 @@ class ShmTransport(Transport):
             )
         # Spinning longer than this gains nothing that was measured, and two ranks that the scheduler has put on one
         # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
-        cores = len(os.sched_getaffinity(0))
+        cores = self.cores
         self.native.set_patience(*((20, 500) if size > cores else (200, 4000)))
         self.native.streaming_from = NEVER
         if 1 < size <= 2 * cores:
@@ -94,12 +94,16 @@ class ShmTransport(Transport):
         )
         self.native = _native.Communicator(self.rank, self.geometry, region)
         self.native.announce(token)
-        card = {"host": host_identity(), "pid": os.getpid(), "fd": region.fd, "name": name, "token": token}
+        cores = sorted(os.sched_getaffinity(0))
+        card = {"host": host_identity(), "pid": os.getpid(), "cores": cores}
+        card |= {"fd": region.fd, "name": name, "token": token}
         refusal = ""
-        for peer, blob in enumerate(exchange(json.dumps(card).encode())):
+        cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
+        # All cores that any rank may use: a launcher may have bound each rank to one.
+        self.cores = len({core for theirs in cards for core in theirs["cores"]})
+        for peer, theirs in enumerate(cards):
             if peer == self.rank or refusal:
                 continue
-            theirs = json.loads(blob)
             if theirs["host"] != card["host"]:
                 refusal = f"rank {self.rank} and rank {peer} are on different hosts or in different containers"
                 continue
@@ -149,15 +153,13 @@ class ShmTransport(Transport):
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""
         skeleton = plan.skeleton
-        reach = plan.table[:, :1] + plan.table[:, 1:]
-        ends = np.where(plan.table[:, 1:] >= 0, reach, 0).max(axis=0, initial=0)
         native = _native.Plan(
             code=skeleton.code,
             table=plan.table.reshape(-1),
             rank=skeleton.rank,
             size=skeleton.size,
-            input_count=int(ends[0]),
-            output_count=int(ends[1]),
+            input_count=plan.input_count,
+            output_count=plan.output_count,
             scratch=skeleton.scratch,
             registers=skeleton.registers,
             segment=plan.segment,

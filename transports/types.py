@@ -68,9 +68,6 @@ NUMBERS = {element.name: number for number, element in enumerate(TYPES)}
 OPERATORS = {op.name.lower(): int(op) for op in Op}
 """The number of an operator by name."""
 
-SCALED = ("avg", "premul_sum")
-"""What is asked for as an operator and is a sum with scaling before or after."""
-
 _DEFINED_FOR = {
     "sum": "fiubc",
     "prod": "fiubc",

@@ -27,7 +27,7 @@ void expect(bool condition, const char* what) {
 using Ranks = std::vector<std::shared_ptr<Communicator>>;
 
 Ranks make(uint32_t size, uint32_t lanes, uint32_t slot_bytes) {
-    const Geometry geometry{size, lanes, 3, slot_bytes};
+    const Geometry geometry{size, lanes, 2, slot_bytes};
     Ranks ranks;
     std::vector<std::shared_ptr<Region>> regions;
     for (uint32_t r = 0; r < size; ++r) {

@@ -15,6 +15,7 @@ struct Names {
     PyObject* itemsize = PyUnicode_InternFromString("itemsize");
     PyObject* is_complex = PyUnicode_InternFromString("is_complex");
     PyObject* is_conj = PyUnicode_InternFromString("is_conj");
+    PyObject* is_neg = PyUnicode_InternFromString("is_neg");
     PyTypeObject* tensor = nullptr;
 };
 
@@ -67,7 +68,8 @@ bool describe_tensor(PyObject* object, Array& array) {
     array.dtype = dtype;
     Py_DECREF(dtype);  // torch keeps its dtypes for ever
     array.itemsize = static_cast<uint32_t>(number(PyObject_GetAttr(dtype, n.itemsize)));
-    // A lazily conjugated view has other values than its memory.
+    // A lazily conjugated or negated view has other values than its memory.
+    if (array.plain) array.plain = number(PyObject_CallMethodNoArgs(object, n.is_neg)) == 0;
     if (array.plain && number(PyObject_GetAttr(dtype, n.is_complex)) == 1)
         array.plain = number(PyObject_CallMethodNoArgs(object, n.is_conj)) == 0;
     return array.count >= 0;

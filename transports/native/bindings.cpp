@@ -17,8 +17,6 @@ namespace {
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* mutable_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-Timeout seconds(double value) { return std::chrono::nanoseconds(static_cast<int64_t>(value * 1e9)); }
-
 py::object error_class(Kind kind) {
     const char* names[] = {"AbcclError",       "ArgumentError", "TransportError", "ClosedError",
                            "DeadlineExceeded", "PeerLost",      "Mismatch",       "Aborted"};
@@ -69,6 +67,8 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
 
 // Waits for a work; false at the timeout (seconds; None waits as long as the operation's own deadline allows).
 bool finishes_within(PendingWork& pending, py::object timeout) {
+    if (pending.generation != fork_generation())
+        throw Failure(Kind::closed, "this work belongs to the parent of this process, which was forked");
     const Deadline deadline = timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
     bool finished;
     {
@@ -88,12 +88,12 @@ void wait(PendingWork& pending, py::object timeout) {
 }
 
 std::shared_ptr<PendingWork> message(const std::shared_ptr<Communicator>& communicator, std::shared_ptr<Work> work,
-                                     py::object buffer, double timeout) {
+                                     py::object buffer) {
     auto pending = std::make_shared<PendingWork>();
     pending->work = std::move(work);
     pending->buffers = std::move(buffer);
     pending->communicator = communicator;
-    pending->timeout = seconds(timeout);
+    pending->generation = fork_generation();
     return pending;
 }
 
@@ -142,9 +142,11 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Geometry>(m, "Geometry")
         .def(py::init([](uint32_t size, uint32_t lanes, uint32_t slots, uint32_t slot_bytes) {
-            if (size == 0 || lanes == 0 || slots < 2 || slot_bytes < cache_line || slot_bytes % cache_line)
-                throw Failure(Kind::argument,
-                              "a geometry wants a rank, a lane, two slots, and slots that are multiples of 64 bytes");
+            if (size == 0 || lanes == 0 || slots < 2 || slots & (slots - 1) || slot_bytes < cache_line ||
+                slot_bytes % cache_line)
+                throw Failure(
+                    Kind::argument,
+                    "a geometry wants a rank, a lane, slots that are a power of two, of a multiple of 64 bytes");
             return Geometry{size, lanes, slots, slot_bytes};
         }))
         .def_property_readonly("bytes", &Geometry::bytes);
@@ -185,7 +187,7 @@ PYBIND11_MODULE(_native, m) {
              [](const std::shared_ptr<Communicator>& c, std::shared_ptr<Plan> plan, uintptr_t input, uintptr_t output,
                 double timeout, py::object buffers) {
                  auto work = c->start(std::move(plan), pointer(input), mutable_pointer(output), seconds(timeout));
-                 return message(c, std::move(work), std::move(buffers), timeout);
+                 return message(c, std::move(work), std::move(buffers));
              })
         .def("post_send",
              [](const std::shared_ptr<Communicator>& c, uint32_t peer, int64_t tag, uintptr_t data, size_t bytes,
@@ -196,7 +198,7 @@ PYBIND11_MODULE(_native, m) {
                      work = c->post_send(peer, tag, pointer(data), bytes, seconds(timeout));
                      if (asynchronous && !work->finished()) ProgressThread::submit(c);
                  }
-                 return message(c, std::move(work), std::move(buffer), timeout);
+                 return message(c, std::move(work), std::move(buffer));
              })
         .def("post_receive",
              [](const std::shared_ptr<Communicator>& c, int32_t source, py::object tag, uintptr_t data, size_t bytes,
@@ -208,12 +210,12 @@ PYBIND11_MODULE(_native, m) {
                      work = c->post_receive(source, wanted, mutable_pointer(data), bytes, seconds(timeout));
                      if (asynchronous && !work->finished()) ProgressThread::submit(c);
                  }
-                 return message(c, std::move(work), std::move(buffer), timeout);
+                 return message(c, std::move(work), std::move(buffer));
              })
         .def("wait_message",
-             [](Communicator& c, PendingWork& pending, double timeout) {
+             [](Communicator& c, PendingWork& pending) {
                  py::gil_scoped_release release;
-                 c.wait_message(*pending.work, seconds(timeout));
+                 c.wait_message(*pending.work);
              })
         .def("progress_messages",
              [](Communicator& c) {
@@ -233,6 +235,6 @@ PYBIND11_MODULE(_native, m) {
              py::arg("communicator").none(true), py::arg("bind"), py::arg("execute"), py::arg("timeout"))
         .def("function", [](py::object self) { return self.cast<Dispatcher&>().function(self); })
         .def("set_timeout", &Dispatcher::set_timeout)
-        .def("clear", &Dispatcher::clear);
+        .def("forget", &Dispatcher::forget);
     m.def("fork_generation", &fork_generation);
 }

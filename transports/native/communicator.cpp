@@ -34,7 +34,13 @@ void Communicator::run(std::shared_ptr<const Plan> plan, const void* input, void
     }
     if (queued) {
         ProgressThread::submit(shared_from_this());
-        queued->wait(Deadline::max());
+        try {
+            queued->wait(Deadline::max());
+        } catch (...) {
+            settle(plan->parameters.text);
+            queued->wait(Deadline::max(), false);  // the engine lets go of the buffers
+            throw;
+        }
         queued->check();
         return;
     }
@@ -43,6 +49,7 @@ void Communicator::run(std::shared_ptr<const Plan> plan, const void* input, void
         ~Release() {
             std::lock_guard<std::mutex> lock(communicator.mutex_);
             communicator.busy_ = false;
+            if (!communicator.queue_.empty()) communicator.endpoint.ring_self();
         }
     } release{*this};
     drive(*plan, input, output, timeout);
@@ -59,19 +66,29 @@ void Communicator::drive(const Plan& plan, const void* input, void* output, Time
             if (Clock::now() > deadline) endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
         };
         endpoint.wait([this] { return execution_.progress(); }, tick, endpoint.patience());
-    } catch (const Failure&) {
-        throw;
     } catch (...) {
-        endpoint.abort(static_cast<uint32_t>(Kind::aborted),
-                       "rank " + std::to_string(endpoint.rank()) + " was interrupted in " + plan.parameters.text);
+        settle(plan.parameters.text);
         throw;
+    }
+}
+
+std::exception_ptr Communicator::settle(const std::string& doing) {
+    try {
+        throw;
+    } catch (const Failure&) {
+        return std::current_exception();
+    } catch (...) {
+        const Failure failure(Kind::aborted,
+                              "rank " + std::to_string(endpoint.rank()) + " was interrupted in " + doing);
+        endpoint.abort(static_cast<uint32_t>(failure.kind), failure.what());
+        return std::make_exception_ptr(failure);
     }
 }
 
 std::shared_ptr<Work> Communicator::enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output,
                                             Timeout timeout) {
     auto work = std::make_shared<Work>();
-    queue_.push_back(std::make_shared<Task>(Task{std::move(plan), input, output, Clock::now() + timeout, work}));
+    queue_.push_back(std::make_shared<Task>(Task{std::move(plan), input, output, timeout, work}));
     return work;
 }
 
@@ -90,8 +107,7 @@ std::shared_ptr<Work> Communicator::start(std::shared_ptr<const Plan> plan, cons
 std::shared_ptr<Work> Communicator::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes,
                                               Timeout timeout) {
     check_usable();
-    auto work = mailbox.post_send(peer, tag, data, bytes);
-    messages_deadline_.store((Clock::now() + timeout).time_since_epoch().count(), std::memory_order_relaxed);
+    auto work = mailbox.post_send(peer, tag, data, bytes, Clock::now() + timeout);
     mailbox.progress();
     return work;
 }
@@ -99,8 +115,7 @@ std::shared_ptr<Work> Communicator::post_send(uint32_t peer, int64_t tag, const 
 std::shared_ptr<Work> Communicator::post_receive(int32_t source, int64_t tag, void* data, size_t bytes,
                                                  Timeout timeout) {
     check_usable();
-    auto work = mailbox.post_receive(source, tag, data, bytes);
-    messages_deadline_.store((Clock::now() + timeout).time_since_epoch().count(), std::memory_order_relaxed);
+    auto work = mailbox.post_receive(source, tag, data, bytes, Clock::now() + timeout);
     mailbox.progress();
     return work;
 }
@@ -110,27 +125,28 @@ void Communicator::progress_messages() {
     if (mailbox.progress() == Outcome::blocked) mailbox.check();
 }
 
-void Communicator::wait_message(Work& work, Timeout timeout) {
+void Communicator::wait_message(Work& work) {
     auto step = [&] {
         if (work.finished()) return Outcome::done;
         const Outcome outcome = mailbox.progress();
         return work.finished() ? Outcome::done : outcome == Outcome::moved ? Outcome::moved : Outcome::blocked;
     };
-    const Deadline deadline = Clock::now() + timeout;
     auto tick = [&] {
         Endpoint::on_tick();
         mailbox.check();
-        if (Clock::now() > deadline) endpoint.fail(static_cast<uint32_t>(Kind::deadline), mailbox.blame());
     };
     try {
         endpoint.wait(step, tick, endpoint.patience());
     } catch (...) {
-        endpoint.abort(static_cast<uint32_t>(Kind::aborted),
-                       "rank " + std::to_string(endpoint.rank()) + " was interrupted in a send or recv");
-        mailbox.fail(std::current_exception());
+        mailbox.fail(settle("a send or recv"));
         throw;
     }
     work.check();
+}
+
+bool Communicator::idle() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return queue_.empty() && mailbox.idle();
 }
 
 Outcome Communicator::progress() {
@@ -144,8 +160,11 @@ Outcome Communicator::progress() {
         }
         if (task) {
             endpoint.check_abort();
-            if (!started_) execution_.start(*task->plan, task->input, task->output);
-            started_ = true;
+            if (!started_) {
+                execution_.start(*task->plan, task->input, task->output);
+                deadline_ = Clock::now() + task->timeout;
+                started_ = true;
+            }
             const Outcome outcome = execution_.progress();
             moved = outcome != Outcome::blocked;
             if (outcome == Outcome::done) {
@@ -163,7 +182,7 @@ Outcome Communicator::progress() {
         if (moved) return Outcome::moved;
         return queue_.empty() && messages == Outcome::done ? Outcome::done : Outcome::blocked;
     } catch (...) {
-        fail_all(std::current_exception());
+        fail_all(settle("its progress thread"));
         return Outcome::done;
     }
 }
@@ -173,20 +192,12 @@ void Communicator::tick() {
     try {
         endpoint.check_abort();
         mailbox.check();
-        const Clock::time_point now = Clock::now();
         if (started_) {
             endpoint.check_collective();
-            if (now > queue_.front()->deadline)
-                endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
-        } else if (now.time_since_epoch().count() > messages_deadline_.load(std::memory_order_relaxed) &&
-                   mailbox.progress() == Outcome::blocked) {
-            std::unique_lock<std::mutex> lock(mutex_);
-            const bool idle = queue_.empty();
-            lock.unlock();
-            if (idle) endpoint.fail(static_cast<uint32_t>(Kind::deadline), mailbox.blame());
+            if (Clock::now() > deadline_) endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
         }
     } catch (...) {
-        fail_all(std::current_exception());
+        fail_all(settle("its progress thread"));
     }
 }
 
@@ -217,6 +228,7 @@ struct Queue {
     std::mutex mutex;
     std::condition_variable submitted;
     std::vector<std::shared_ptr<Communicator>> active;
+    std::atomic<uint64_t> submissions{0};
     bool running = false;
 };
 
@@ -230,17 +242,19 @@ void progress_forever(Queue& q) {
     std::vector<std::shared_ptr<Communicator>> active, finished;
     int idle = 0;
     for (;;) {
+        uint64_t seen;
         {
             std::unique_lock<std::mutex> lock(q.mutex);
             for (auto& done : finished) {
-                // Work may have been submitted since it was found done: it is looked at again below.
-                if (done->closed() || done->progress() == Outcome::done)
+                // Work may have been submitted since it was found done.
+                if (done->closed() || done->idle())
                     q.active.erase(std::remove(q.active.begin(), q.active.end(), done), q.active.end());
             }
             finished.clear();
             active.clear();
             q.submitted.wait(lock, [&] { return !q.active.empty(); });
             active = q.active;
+            seen = q.submissions.load(std::memory_order_relaxed);
         }
         bool moved = false;
         for (auto& communicator : active) {
@@ -259,7 +273,8 @@ void progress_forever(Queue& q) {
         }
         if (active.size() == 1) {
             Endpoint::Sleeper sleeper(active[0]->endpoint);
-            if (active[0]->progress() == Outcome::blocked) sleeper.sleep(20);
+            const bool nothing_new = q.submissions.load(std::memory_order_seq_cst) == seen;
+            if (nothing_new && active[0]->progress() == Outcome::blocked) sleeper.sleep(20);
         } else {
             usleep(100);
         }
@@ -273,15 +288,13 @@ void progress_forever(Queue& q) {
 void ProgressThread::submit(const std::shared_ptr<Communicator>& communicator) {
     Queue& q = *queue();
     std::lock_guard<std::mutex> lock(q.mutex);
-    if (std::find(q.active.begin(), q.active.end(), communicator) == q.active.end()) {
-        for (auto& other : q.active) other->endpoint.ring_self();
-        q.active.push_back(communicator);
-    }
-    communicator->endpoint.ring_self();
     if (!q.running) {
-        q.running = true;
         std::thread([&q] { progress_forever(q); }).detach();
+        q.running = true;
     }
+    if (std::find(q.active.begin(), q.active.end(), communicator) == q.active.end()) q.active.push_back(communicator);
+    q.submissions.fetch_add(1, std::memory_order_seq_cst);
+    for (auto& active : q.active) active->endpoint.ring_self();
     q.submitted.notify_one();
 }
 

@@ -15,6 +15,12 @@ namespace abccl {
 
 using Timeout = std::chrono::nanoseconds;
 
+// A number of seconds as people give it. Endless and not a number mean ten years: sums with it do not overflow.
+inline Timeout seconds(double value) {
+    constexpr double most = 10 * 365 * 86400.0;
+    return Timeout(static_cast<int64_t>((value >= 0 && value < most ? value : value < 0 ? 0 : most) * 1e9));
+}
+
 class Communicator : public std::enable_shared_from_this<Communicator> {
   public:
     Communicator(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own)
@@ -28,10 +34,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes, Timeout timeout);
     std::shared_ptr<Work> post_receive(int32_t source, int64_t tag, void* data, size_t bytes, Timeout timeout);
     // Progresses sends and receives in the calling thread until the work is finished.
-    void wait_message(Work& work, Timeout timeout);
+    void wait_message(Work& work);
     // Moves sends and receives along without waiting, for callers who poll.
     void progress_messages();
 
+    // Whether nothing is queued or pending. Cheap.
+    bool idle();
     // For the progress thread: a look at everything queued, without waiting; done when nothing is left.
     Outcome progress();
     // For the progress thread, now and then: raises what is wrong, in every work that is queued.
@@ -48,20 +56,23 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         std::shared_ptr<const Plan> plan;
         const void* input;
         void* output;
-        Deadline deadline;
+        Timeout timeout;
         std::shared_ptr<Work> work;
     };
     void check_usable() const;
     void fail_all(std::exception_ptr error);
     std::shared_ptr<Work> enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
     void drive(const Plan& plan, const void* input, void* output, Timeout timeout);
+    // Aborts the group if what was thrown is not a failure that all ranks learn of anyway: an interrupt, say. To be
+    // called while handling it.
+    std::exception_ptr settle(const std::string& doing);
 
     std::mutex mutex_;                         // of the queue
     std::deque<std::shared_ptr<Task>> queue_;  // the front one is running once `started_`
     std::mutex engine_;                        // held by whoever runs a plan from the queue
     bool started_ = false;
-    bool busy_ = false;  // a caller's thread is running a plan
-    std::atomic<int64_t> messages_deadline_{0};
+    bool busy_ = false;    // a caller's thread is running a plan
+    Deadline deadline_{};  // of the running plan of the queue
     std::atomic<bool> closed_{false};
     Execution execution_;
 };

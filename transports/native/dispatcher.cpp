@@ -73,18 +73,16 @@ PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
     PyObject *x_object = arguments[1], *out_object = arguments[2];
     const bool asynchronous = PyObject_IsTrue(arguments[6]) == 1;
     Array x, out;
+    // Both are looked at whatever the other is: a collective may ignore one of them on this rank.
     bool warm = describe(x_object, x) && (x_object == Py_None || x.plain);
-    if (out_object == x_object) {
-        out = x;
-    } else {
-        warm = warm && describe(out_object, out) && (out_object == Py_None || out.plain);
-    }
-    warm = warm && (out_object == Py_None || out.writable);
+    const bool out_warm =
+        out_object == x_object ? (out = x, warm) : describe(out_object, out) && (out_object == Py_None || out.plain);
+    warm = warm && out_warm && (out_object == Py_None || out.writable);
     const int64_t alias = warm ? overlap(x, out) : -1;
     const int64_t root = PyLong_Check(arguments[4]) ? PyLong_AsLongLong(arguments[4]) : -1;
     if (PyErr_Occurred()) PyErr_Clear();
     // Arguments that are not plain, and partial overlaps, are for `bind` to judge, each time.
-    if (!warm || alias == -1 || root < 0) {
+    if (!warm || alias == -1 || root < 0 || root > INT32_MAX) {
         py::object bound = miss(arguments);
         Bound once{nullptr, bound, {}};
         if (py::isinstance<Plan>(bound)) once.plan = bound.cast<std::shared_ptr<Plan>>();
@@ -130,7 +128,7 @@ PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const 
         auto work = std::make_shared<PendingWork>();
         work->buffers = py::make_tuple(py::handle(arguments[1]), py::handle(arguments[2]));
         work->communicator = communicator_;
-        work->timeout = timeout_;
+        work->generation = generation_;
         work->work = communicator_->start(plan, x.data, const_cast<uint8_t*>(out.data), timeout_);
         keep(work);
         return py::cast(work).release().ptr();
@@ -142,13 +140,20 @@ PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const 
     Py_RETURN_NONE;
 }
 
+void Dispatcher::forget() { bound_.clear(); }
+
 void Dispatcher::keep(std::shared_ptr<PendingWork> work) {
-    clear();
+    let_go();
     pending_.push_back(std::move(work));
 }
 
+Dispatcher::~Dispatcher() {
+    // Buffers must not go before the engine has let go of them.
+    if (communicator_ && generation_ == fork_generation()) communicator_->close();
+}
+
 // Lets go of the buffers of what has finished.
-void Dispatcher::clear() {
+void Dispatcher::let_go() {
     pending_.erase(std::remove_if(pending_.begin(), pending_.end(),
                                   [](const std::shared_ptr<PendingWork>& work) {
                                       if (!work->work->finished()) return false;

@@ -18,7 +18,7 @@ struct PendingWork {
     std::shared_ptr<Work> work;
     pybind11::object buffers;
     std::shared_ptr<Communicator> communicator;
-    Timeout timeout;
+    uint64_t generation;  // of the process that it belongs to
 };
 
 // Calls `bind(collective, x, out, op, root, algorithm)` when it sees arguments for the first time. What bind returns
@@ -29,13 +29,18 @@ class Dispatcher {
     Dispatcher(std::shared_ptr<Communicator> communicator, pybind11::object bind, pybind11::object execute,
                double timeout);
 
+    ~Dispatcher();
+    Dispatcher(const Dispatcher&) = delete;
+    Dispatcher& operator=(const Dispatcher&) = delete;
+
     // (collective, x, out, op, root, algorithm, asynchronous) -> None or a work
     PyObject* call(PyObject* const* arguments, Py_ssize_t count);
     // The same as a Python function that takes its arguments by position at C's price.
     pybind11::object function(pybind11::object self);
 
-    void set_timeout(double seconds) { timeout_ = std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9)); }
-    void clear();
+    void set_timeout(double seconds) { timeout_ = abccl::seconds(seconds); }
+    // Binds everything anew from now on: an algorithm has changed.
+    void forget();
 
   private:
     struct Key {
@@ -56,6 +61,7 @@ class Dispatcher {
     pybind11::object miss(PyObject* const* arguments);
     PyObject* run(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out, bool asynchronous);
     void keep(std::shared_ptr<PendingWork> work);
+    void let_go();
 
     std::shared_ptr<Communicator> communicator_;
     pybind11::object bind_, execute_;

@@ -4,6 +4,7 @@
 #include <linux/membarrier.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -96,7 +97,6 @@ void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t to
         out.tail = &reinterpret_cast<Tail*>(base + geometry_.tail(rank_, lane))->value;
         Incoming& in = incoming_[geometry_.channel(peer, lane)];
         in.ring = reinterpret_cast<Descriptor*>(base + geometry_.descriptor(rank_, lane));
-        in.peer_base = base;
         in.tail = &reinterpret_cast<Tail*>(mine + geometry_.tail(peer, lane))->value;
     }
 }
@@ -113,6 +113,17 @@ void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count,
     }
 }
 
+bool Endpoint::multicast_is_free(uint32_t lane) const {
+    const uint32_t index = multicast_next_[lane] % geometry_.slots;
+    for (auto [peer, number] : multicast_[lane * geometry_.slots + index].readers) {
+        const Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
+        // Older than the room of its channel: read long ago, whatever the wrapped numbers say.
+        if (out.next - number >= geometry_.slots) continue;
+        if (static_cast<int32_t>(out.tail->load(std::memory_order_acquire) - number) < 0) return false;
+    }
+    return true;
+}
+
 bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
                         size_t span_count, size_t bytes) {
     for (uint32_t i = 0; i < n; ++i) {
@@ -126,13 +137,14 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
     if (!is_inline && n == 1) {
         Outgoing& out = outgoing_[geometry_.channel(peers[0], lane)];
         slot = out.arena + static_cast<size_t>(out.next % geometry_.slots) * geometry_.slot_bytes;
+    } else if (!is_inline && !multicast_is_free(lane)) {
+        // Each reader gets a copy in a slot of its own, for which there is room: replay proves schedules by the room
+        // of pairs alone, so a multicast must never wait for more.
+        for (uint32_t i = 0; i < n; ++i) try_send(&peers[i], 1, lane, signature, spans, span_count, bytes);
+        return true;
     } else if (!is_inline) {
         const uint32_t index = multicast_next_[lane] % geometry_.slots;
         MulticastSlot& multicast = multicast_[lane * geometry_.slots + index];
-        for (auto [peer, number] : multicast.readers) {
-            const uint32_t tail = outgoing_[geometry_.channel(peer, lane)].tail->load(std::memory_order_acquire);
-            if (static_cast<int32_t>(tail - number) < 0) return false;
-        }
         slot = regions_[rank_]->base() + geometry_.multicast(lane) + static_cast<size_t>(index) * geometry_.slot_bytes;
         multicast.readers.clear();
         for (uint32_t i = 0; i < n; ++i)
@@ -261,7 +273,9 @@ void Endpoint::compare(uint32_t peer) {
 
 bool Endpoint::gone(uint32_t peer) const {
     if (control(peer).closed.load(std::memory_order_acquire)) return true;
-    if (process_handles_[peer] < 0) return false;
+    const int pid = control(peer).pid;
+    if (pid == getpid()) return false;
+    if (process_handles_[peer] < 0) return kill(pid, 0) != 0 && errno == ESRCH;  // a kernel without pidfd
     pollfd handle{process_handles_[peer], POLLIN, 0};
     return poll(&handle, 1, 0) > 0;
 }
@@ -289,6 +303,7 @@ void Endpoint::check_collective() {
 
 void Endpoint::wait(const std::function<Outcome()>& progress, const std::function<void()>& tick, Patience patience) {
     int idle = 0;
+    Deadline next_tick = Deadline::max();
     for (;;) {
         Outcome outcome = progress();
         if (outcome == Outcome::done) return;
@@ -300,6 +315,14 @@ void Endpoint::wait(const std::function<Outcome()>& progress, const std::functio
         if (++idle < patience.spins) {
             cpu_relax();
         } else if (idle < patience.spins + patience.yields) {
+            // A yield can cost a time slice of whoever shares the core.
+            const Deadline now = Clock::now();
+            if (idle == patience.spins || next_tick == Deadline::max())
+                next_tick = now + std::chrono::milliseconds(tick_milliseconds);
+            if (now > next_tick) {
+                tick();
+                next_tick = now + std::chrono::milliseconds(tick_milliseconds);
+            }
             sched_yield();
         } else {
             Sleeper sleeper(*this);
@@ -344,6 +367,8 @@ void Endpoint::abort(uint32_t kind, const std::string& reason) noexcept {
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
     uint32_t word = control_->abort.load(std::memory_order_acquire);
+    // Who has closed has said goodbye: its own waits end, its peers find out if they wait for it.
+    if (word >> 24 == static_cast<uint32_t>(Kind::closed)) return;
     if (word == 0) {
         const size_t length = std::min(reason.size(), sizeof(control_->reason) - 1);
         std::memcpy(control_->reason, reason.data(), length);

@@ -31,7 +31,6 @@ struct Outgoing {
 // The receiver's side of a channel.
 struct Incoming {
     Descriptor* ring;  // in the peer's region
-    uint8_t* peer_base;
     std::atomic<uint32_t>* tail;
     uint32_t next = 0;
 };
@@ -149,6 +148,7 @@ class Endpoint {
         if (control.sleepers.load(std::memory_order_relaxed) != 0) ring(control);
     }
     static void ring(Control& control);
+    bool multicast_is_free(uint32_t lane) const;
     void write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes);
     Control& control(uint32_t peer) const { return *reinterpret_cast<Control*>(regions_[peer]->base()); }
     bool read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const;

@@ -43,6 +43,7 @@ Outcome Execution::progress() {
         if (unfinished_ != 0 && lanes_[l].segment < plan_->parameters.segments && run(l)) moved = true;
     if (unfinished_ == 0) {
         // Whoever receives sees a foreign signature; whoever only sends would not notice.
+        if (!plan_->receives) std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
         if (!plan_->receives)
             for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
         endpoint_.finish();

@@ -25,18 +25,32 @@ Mailbox::Mailbox(Endpoint& endpoint)
       sending_(endpoint.geometry().size),
       arriving_(endpoint.geometry().size) {}
 
-std::shared_ptr<Work> Mailbox::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes) {
+void Mailbox::check_peer(int64_t peer) const {
+    if (peer < 0 || peer >= endpoint_.geometry().size || peer == endpoint_.rank())
+        throw Failure(Kind::argument, "send/recv: the peer must be another rank, and is " + std::to_string(peer));
+}
+
+// A thread that waits for the message may sleep while another has moved it.
+void Mailbox::succeed(Work& work) {
+    work.succeed();
+    endpoint_.ring_self();
+}
+
+std::shared_ptr<Work> Mailbox::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes,
+                                         Deadline deadline) {
+    check_peer(peer);
     std::lock_guard<std::mutex> lock(mutex_);
     endpoint_.check_abort();
     auto work = std::make_shared<Work>();
-    sending_[peer].push_back({work, tag, static_cast<const uint8_t*>(data), bytes, 0, false});
+    sending_[peer].push_back({work, tag, static_cast<const uint8_t*>(data), bytes, 0, false, deadline});
     return work;
 }
 
-std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* data, size_t bytes) {
+std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* data, size_t bytes, Deadline deadline) {
+    if (source != any_source) check_peer(source);
     std::lock_guard<std::mutex> lock(mutex_);
     endpoint_.check_abort();
-    Receiving receive{std::make_shared<Work>(), source, tag, static_cast<uint8_t*>(data), bytes};
+    Receiving receive{std::make_shared<Work>(), source, tag, static_cast<uint8_t*>(data), bytes, deadline};
     auto found = std::find_if(unexpected_.begin(), unexpected_.end(),
                               [&](const Unexpected& u) { return receive.accepts(u.peer, u.tag); });
     if (found == unexpected_.end()) {
@@ -51,6 +65,13 @@ std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* d
     return receive.work;
 }
 
+void Mailbox::check_signature(uint32_t peer, const Descriptor& descriptor, uint32_t signature) {
+    if (descriptor.signature == signature) return;
+    endpoint_.fail(static_cast<uint32_t>(Kind::mismatch), "send/recv: rank " + std::to_string(peer) + " and rank " +
+                                                              std::to_string(endpoint_.rank()) +
+                                                              " run different versions of abccl");
+}
+
 void Mailbox::check_length(const Receiving& receive, uint32_t peer, size_t bytes) {
     if (bytes == receive.bytes) return;
     endpoint_.fail(static_cast<uint32_t>(Kind::mismatch),
@@ -63,14 +84,23 @@ Outcome Mailbox::progress() {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return Outcome::blocked;
     bool moved = false;
-    bool pending = !receiving_.empty();
     for (uint32_t peer = 0; peer < endpoint_.geometry().size; ++peer) {
         if (peer == endpoint_.rank()) continue;
         moved |= progress_sends(peer);
         moved |= progress_receives(peer);
-        pending |= !sending_[peer].empty() || arriving_[peer].matched;
     }
-    return moved ? Outcome::moved : pending ? Outcome::blocked : Outcome::done;
+    return moved ? Outcome::moved : any_pending() ? Outcome::blocked : Outcome::done;
+}
+
+bool Mailbox::any_pending() const {
+    return !receiving_.empty() ||
+           std::any_of(sending_.begin(), sending_.end(), [](const auto& queue) { return !queue.empty(); }) ||
+           std::any_of(arriving_.begin(), arriving_.end(), [](const Arriving& a) { return a.matched; });
+}
+
+bool Mailbox::idle() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !any_pending();
 }
 
 bool Mailbox::progress_sends(uint32_t peer) {
@@ -94,7 +124,7 @@ bool Mailbox::progress_sends(uint32_t peer) {
         }
         moved = true;
         if (s.moved == s.bytes) {
-            s.work->succeed();
+            succeed(*s.work);
             sending_[peer].pop_front();
         }
     }
@@ -112,6 +142,7 @@ bool Mailbox::progress_receives(uint32_t peer) {
             if (!wanted) return moved;
             const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
             if (!descriptor) return moved;
+            check_signature(peer, *descriptor, announcement_signature);
             Announcement announcement;
             std::memcpy(&announcement, descriptor->payload, sizeof(announcement));
             const size_t now = descriptor->length - sizeof(announcement);
@@ -134,6 +165,7 @@ bool Mailbox::progress_receives(uint32_t peer) {
         while (a.moved < a.bytes) {
             const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
             if (!descriptor) return moved;
+            check_signature(peer, *descriptor, bytes_signature);
             uint8_t* to = a.matched ? a.receive.data : a.kept.data();
             std::memcpy(to + a.moved, endpoint_.payload(peer, *descriptor), descriptor->length);
             a.moved += descriptor->length;
@@ -177,22 +209,44 @@ void Mailbox::finish(uint32_t peer, Arriving& a) {
     a.matched = false;
     a.kept.clear();
     a.receive.work->source = peer;
-    a.receive.work->succeed();
+    succeed(*a.receive.work);
     a.receive.work.reset();
 }
 
 void Mailbox::check() {
     endpoint_.check_abort();
     const uint32_t size = endpoint_.geometry().size;
+    const uint32_t self = endpoint_.rank();
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint32_t left = size - 1, last_gone = 0;
     for (uint32_t peer = 0; peer < size; ++peer) {
-        if (peer == endpoint_.rank() || !endpoint_.gone(peer)) continue;
-        std::lock_guard<std::mutex> lock(mutex_);
+        if (peer == self || !endpoint_.gone(peer)) continue;
+        --left;
+        last_gone = peer;
         progress_receives(peer);  // what it sent before it went
         if (!sending_[peer].empty()) endpoint_.lost(peer, "a send to it");
         const bool awaited = std::any_of(receiving_.begin(), receiving_.end(),
                                          [&](const Receiving& r) { return r.source != any_source && r.from(peer); });
         if (awaited || arriving_[peer].matched) endpoint_.lost(peer, "a receive from it");
     }
+    if (left == 0 && size > 1 && !receiving_.empty()) endpoint_.lost(last_gone, "a receive from any rank");
+    const Deadline now = Clock::now();
+    const std::string rank = "rank " + std::to_string(self);
+    const auto expired = [&](const std::string& what) { endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what); };
+    for (const Arriving& a : arriving_)
+        if (a.matched && now > a.receive.deadline)
+            expired("recv: " + rank + " waits for the rest of " + std::to_string(a.bytes) + " bytes from rank " +
+                    std::to_string(&a - arriving_.data()) + " (" + std::to_string(a.moved) + " have come)");
+    for (const Receiving& r : receiving_)
+        if (now > r.deadline)
+            expired("recv: " + rank + " waits for " + std::to_string(r.bytes) + " bytes from " +
+                    (r.source == any_source ? "any rank" : "rank " + std::to_string(r.source)) +
+                    (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made");
+    for (uint32_t peer = 0; peer < size; ++peer)
+        for (const Sending& s : sending_[peer])
+            if (now > s.deadline)
+                expired("send: " + rank + " waits for rank " + std::to_string(peer) + " to receive " +
+                        std::to_string(s.bytes) + " bytes with tag " + std::to_string(s.tag));
 }
 
 void Mailbox::fail(std::exception_ptr error) {
@@ -208,25 +262,6 @@ void Mailbox::fail(std::exception_ptr error) {
             a.receive.work->fail(error);
             a.matched = false;
         }
-}
-
-std::string Mailbox::blame() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const std::string self = "rank " + std::to_string(endpoint_.rank());
-    for (const Arriving& a : arriving_)
-        if (a.matched)
-            return "recv: " + self + " waits for the rest of " + std::to_string(a.bytes) + " bytes from rank " +
-                   std::to_string(&a - arriving_.data()) + " (" + std::to_string(a.moved) + " have come)";
-    for (const Receiving& r : receiving_)
-        return "recv: " + self + " waits for " + std::to_string(r.bytes) + " bytes from " +
-               (r.source == any_source ? std::string("any rank") : "rank " + std::to_string(r.source)) +
-               (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made";
-    for (uint32_t peer = 0; peer < sending_.size(); ++peer)
-        if (!sending_[peer].empty())
-            return "send: " + self + " waits for rank " + std::to_string(peer) + " to receive " +
-                   std::to_string(sending_[peer].front().bytes) + " bytes with tag " +
-                   std::to_string(sending_[peer].front().tag);
-    return "send/recv: nothing is waited for";
 }
 
 }  // namespace abccl

@@ -21,17 +21,19 @@ class Mailbox {
     explicit Mailbox(Endpoint& endpoint);
 
     // The bytes must stay as they are until the work is finished.
-    std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes);
-    // Receives exactly `bytes` bytes; a matching message of another length is a Mismatch.
-    std::shared_ptr<Work> post_receive(int32_t source, int64_t tag, void* data, size_t bytes);
+    std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes, Deadline deadline);
+    // Receives exactly `bytes` bytes; a matching message of another length is a Mismatch. Any tag is any that is not
+    // negative: those are the library's own.
+    std::shared_ptr<Work> post_receive(int32_t source, int64_t tag, void* data, size_t bytes, Deadline deadline);
 
     // Moves what can be moved without waiting. Any thread may call it. Done: nothing is pending.
     Outcome progress();
-    // Throws if what is pending can not end: aborted, or a peer gone.
+    // Throws if what is pending can not end: aborted, a peer gone, a deadline passed.
     void check();
     // Fails all that is pending.
     void fail(std::exception_ptr error);
-    std::string blame();
+    // Whether nothing is pending.
+    bool idle();
 
   private:
     struct Sending {
@@ -41,6 +43,7 @@ class Mailbox {
         size_t bytes;
         size_t moved;
         bool announced;
+        Deadline deadline;
     };
     struct Receiving {
         std::shared_ptr<Work> work;
@@ -48,8 +51,9 @@ class Mailbox {
         int64_t tag;
         uint8_t* data;
         size_t bytes;
+        Deadline deadline;
         bool accepts(uint32_t peer, int64_t message_tag) const {
-            return from(peer) && (tag == any_tag || tag == message_tag);
+            return from(peer) && (tag == any_tag ? message_tag >= 0 : tag == message_tag);
         }
         bool from(uint32_t peer) const { return source == any_source || static_cast<uint32_t>(source) == peer; }
     };
@@ -76,6 +80,10 @@ class Mailbox {
     void take(uint32_t peer, Arriving& arriving, const uint8_t* data, size_t bytes);
     void finish(uint32_t peer, Arriving& arriving);
     void check_length(const Receiving& receive, uint32_t peer, size_t bytes);
+    void check_signature(uint32_t peer, const Descriptor& descriptor, uint32_t signature);
+    void check_peer(int64_t peer) const;
+    bool any_pending() const;
+    void succeed(Work& work);
 
     Endpoint& endpoint_;
     uint32_t lane_;

@@ -155,6 +155,9 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
         extents.push_back({parameters.table[i], parameters.table[i + 1], parameters.table[i + 2]});
         if (extents.back().count < 0) refuse("a block of negative length");
     }
+    if (parameters.names.size() != extents.size() || parameters.registers < 0)
+        refuse("names or registers do not fit the table");
+    if (parameters.segments > INT64_MAX / 4 / std::max<int64_t>(1, parameters.segment)) refuse("too many segments");
     if (parameters.segment < 1 || parameters.segments < 1 || parameters.lanes < 1 || parameters.scratch < 0 ||
         static_cast<uint32_t>(parameters.lanes) > lanes_available)
         refuse("segments or lanes out of range");

@@ -41,6 +41,7 @@ Region::Region(int fd, size_t bytes, std::string name) : fd_(fd), bytes_(bytes),
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (address == MAP_FAILED) {
         close(fd);
+        unlink_name();
         refuse("cannot map " + std::to_string(bytes) + " bytes");
     }
     base_ = static_cast<uint8_t*>(address);
@@ -78,7 +79,8 @@ std::shared_ptr<Region> Region::create(size_t bytes) {
 std::shared_ptr<Region> Region::create_named(size_t bytes, const std::string& name) {
     int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0) refuse("shm_open " + name);
-    if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+    // Reserved at once: a full /dev/shm would be a bus error later.
+    if ((errno = posix_fallocate(fd, 0, static_cast<off_t>(bytes))) != 0) {
         close(fd);
         shm_unlink(name.c_str());
         refuse("cannot reserve " + std::to_string(bytes) + " bytes");

@@ -24,8 +24,8 @@ class Work {
     void check() const {
         if (error_) std::rethrow_exception(error_);
     }
-    // Waits until finished, without a lock held. False if the deadline came first.
-    bool wait(Deadline deadline);
+    // Waits until finished, without a lock held. False if the deadline came first. Calls `on_tick` now and then.
+    bool wait(Deadline deadline, bool ticks = true);
 
   private:
     void set(uint32_t state);

@@ -1,0 +1,150 @@
+"""A process group without operations: its names, its end, and what torch asks of it beside operations."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import Communicator
+from .futures import Completion
+
+# Without types: torch's stubs give most methods as overloads, and subclasses take them all in one signature.
+_ProcessGroup: Any = dist.ProcessGroup
+
+_open: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+class _Backend:
+    """What torch sees as the group's backend for a device: it asks what that can do."""
+
+    supports_splitting = supports_coalescing = supports_time_estimate = supports_shrinking = False
+
+    def __init__(self, group: Group) -> None:
+        self._group = weakref.ref(group)
+
+    def name(self) -> str:
+        return "abccl"
+
+    def supports_tensor_alloc(self, device: Any = None) -> bool:
+        return False
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: Any = None) -> Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        group = self._group()
+        if group is not None:
+            group.set_timeout(timeout)
+
+
+class Group(_ProcessGroup):  # type: ignore[misc]
+    """The ranks of a `torch.distributed` group, over a communicator of their own."""
+
+    def __init__(self, communicator: Communicator, store: Any) -> None:
+        super().__init__(communicator.rank, communicator.size)
+        self._communicator, self._store = communicator, store
+        self._name, self._description = "", "undefined"
+        self._sequence = 0
+        self._timeout_lock = threading.Lock()
+        self._completion = Completion(f"abccl futures of rank {communicator.rank}")
+        self._backend = _Backend(self)
+        _open.add(self)
+
+    def getBackendName(self) -> str:
+        """For C++."""
+        return "abccl"
+
+    _get_backend_name = name = getBackendName
+
+    def getRank(self) -> int:
+        """For C++."""
+        return self._communicator.rank
+
+    def getSize(self) -> int:
+        """For C++."""
+        return self._communicator.size
+
+    rank = getRank
+    size = getSize
+
+    @property
+    def group_name(self) -> Any:
+        """The name that torch has given the group."""
+        return self._name
+
+    @property
+    def group_desc(self) -> str:
+        """What the user has said the group is for."""
+        return self._description
+
+    def getGroupName(self) -> str:
+        """For C++."""
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        """For C++."""
+        self._name = name
+
+    def getGroupDesc(self) -> str:
+        """For C++."""
+        return self._description
+
+    def setGroupDesc(self, desc: str) -> None:
+        """For C++."""
+        self._description = desc
+
+    _set_group_name, _set_group_desc = setGroupName, setGroupDesc
+
+    def get_group_store(self) -> Any:
+        """The store that the group was made with."""
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: Any) -> Any:
+        return self._backend
+
+    def _set_sequence_number_for_group(self) -> None:
+        self._sequence = 0
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _start_coalescing(self, device: Any) -> None:
+        """Nothing: a raise here would leave torch queueing for ever."""
+
+    def _end_coalescing(self, device: Any) -> None:
+        """Nothing."""
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long operations that start from now on wait for their peers."""
+        self._communicator.set_timeout(timeout.total_seconds())
+
+    def abort(self) -> None:
+        """Make the present and future operations of all ranks fail."""
+        self._communicator.abort("the process group was aborted")
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Give everything back; pending operations fail."""
+        self._communicator.close()
+        self._completion.stop()
+
+
+@atexit.register
+def _shut_down_all() -> None:
+    """A program may end without destroy_process_group; a thread in native code must not see the interpreter go."""
+    for group in list(_open):
+        group.shutdown()
