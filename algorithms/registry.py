@@ -106,6 +106,9 @@ class Algorithm:
 
 _registry: dict[Collective, dict[str, Algorithm]] = {collective: {} for collective in Collective}
 
+on_redefinition: list[Callable[[], None]] = []
+"""Called when a function is registered anew, as in a notebook: whoever keeps plans forgets them."""
+
 
 def algorithm(
     collective: Collective,
@@ -156,6 +159,9 @@ def algorithm(
             tuple(replace(r, holds=declared(f"restriction to {r.wants}", r.holds, bool)) for r in restrictions),
             declared("counts", counts, _as_counts) if counts else None,
         )
+        if known:
+            for forget in on_redefinition:
+                forget()
         return function
 
     return register

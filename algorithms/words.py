@@ -25,5 +25,5 @@ def ranges(numbers: Iterable[int], dash: str = "-", comma: str = ", ") -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The hint after a name that is nobody's: the near ones, or else all."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms import Collective
+from ..algorithms import Collective, registry
 from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError, TransportError
 from ..transports import ANY_SOURCE, Transport, _native
 from ..transports.shm import ShmPlan, ShmTransport
@@ -460,6 +460,14 @@ def _alive(reference: weakref.ref[Communicator]) -> Communicator:
     if communicator is None:
         raise ClosedError("the communicator is gone: keep a reference to it")
     return communicator
+
+
+def _forget_plans() -> None:
+    for communicator in list(_open):
+        communicator._dispatcher.forget()
+
+
+registry.on_redefinition.append(_forget_plans)
 
 
 @atexit.register

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from abccl.algorithms import (
     Algorithm,
     Collective,
+    Counts,
     Recv,
+    Restriction,
     Send,
     algorithm,
     algorithms,
@@ -24,7 +32,7 @@ from abccl.algorithms import (
     send,
     steps,
 )
-from abccl.errors import ArgumentError, UnknownAlgorithm
+from abccl.errors import ArgumentError, ScheduleError, UnknownAlgorithm
 
 FIVE = ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"]
 EVERY = [a for c in Collective for a in algorithms(c).values()]
@@ -106,6 +114,24 @@ def test_relabelled_programs_run_elsewhere() -> None:
     assert list(relabel(program, lambda rank: rank * 2, lambda block: 7)) == [(send(2, 7), recv(2, 7, reduce=True))]
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    made = send(np.int64(1), np.int32(2), (np.int8(3), np.uint8(4)))  # type: ignore[arg-type]
+    assert repr(made) == repr(send(1, 2, (3, 4)))
+    assert repr(recv(np.int64(1), np.int32(2), reduce=True)) == repr(recv(1, 2, reduce=True))  # type: ignore[arg-type]
+    moved = relabel([send(1, 0)], lambda rank: np.int64(rank), lambda block: np.int64(7))  # type: ignore[arg-type, return-value]
+    assert repr(list(moved)) == repr([(send(1, 7),)])
+
+
+@pytest.mark.parametrize("wrong", [("1", 0), (1.0, 0), (1, "a"), (1, [0, 1]), (1, (0, 1, 2)), (1, (0, 1.5)), (None,)])
+@pytest.mark.parametrize("call", [send, recv])
+def test_what_is_no_integer_is_refused(call: Callable[..., Any], wrong: tuple[Any, ...]) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        call(*wrong)
+    shown = ", ".join(map(repr, wrong))
+    assert "wants a rank and blocks, which are integers" in str(caught.value)
+    assert f"got {call.__name__}({shown})" in str(caught.value)
+
+
 def test_empty_steps_are_left_out() -> None:
     assert list(steps([[], send(1, 0), ()])) == [(send(1, 0),)]
 
@@ -144,3 +170,52 @@ def test_a_taken_name_and_needless_blocks_are_refused() -> None:
 
     with pytest.raises(ArgumentError, match="fixes its blocks"):
         algorithm(Collective.ALL_GATHER, blocks=2)
+
+
+def test_a_decorator_without_its_collective_says_what_to_write() -> None:
+    without: Any = algorithm
+    with pytest.raises(ArgumentError, match=r"write @algorithm\(Collective.ALL_REDUCE\)"):
+
+        @without
+        def star_all_reduce(rank: int, size: int) -> list[Send]:
+            return []
+
+    with pytest.raises(ArgumentError, match=r"got 'broadcast': write @algorithm\(Collective.BROADCAST\)"):
+        without("broadcast")
+    with pytest.raises(ArgumentError, match="did you mean broadcast"):
+        without("brodcast")
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"blocks": "4"}, "blocks wants a number, or a function"),
+        ({"largest": 1.5}, "largest wants a number, or a function"),
+        ({"counts": Counts(1, Fraction(1), Fraction(0))}, "counts wants a function"),
+        ({"restrictions": [lambda size: True]}, "restrictions wants a list of Restriction"),
+        ({"restrictions": 4}, "restrictions wants a list of Restriction"),
+    ],
+)
+def test_what_is_declared_is_checked(declared: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        algorithm(Collective.ALL_REDUCE, **declared)
+
+
+@pytest.mark.usefixtures("private_registry")
+def test_a_restriction_that_raises_is_named() -> None:
+    @algorithm(Collective.BARRIER, restrictions=[Restriction("luck", lambda size: bool(size // 0))])
+    def unlucky_barrier(rank: int, size: int) -> list[Send]:
+        return []
+
+    with pytest.raises(ScheduleError, match="barrier unlucky: restriction to luck for 3 ranks: ZeroDivisionError"):
+        lookup(Collective.BARRIER, "unlucky").refusal(3)
+
+
+def test_the_papers_that_docstrings_cite_are_listed(root: Path) -> None:
+    name = r"(?:van de )?[A-Z][a-z]+"
+    cited: set[str] = set()
+    for path in (root / "algorithms").glob("*.py"):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        cited |= set(re.findall(rf"(?:{name}, )*{name}(?: & {name}| et al\.)? (?:19|20)\d\d\b", text))
+    listed = set(re.findall(r"^- \*\*(.*)\*\*:", (root / "docs/references.md").read_text(encoding="utf-8"), re.M))
+    assert cited == listed

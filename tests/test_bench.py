@@ -326,7 +326,8 @@ def test_one_rank_runs_everything(collective: Collective, array: str) -> None:
         (["all_reduce", "--vs", "mpi"], "mpirun -n 2 python -m abccl.bench"),
         (["all_reduce", "--vs", "nccl"], "there are gloo and mpi"),
         (["all_reduce", "--min", "4Q"], "is no size"),
-        (["all_reduce", "--json", "/nowhere/x.json"], "no folder /nowhere"),
+        (["all_reduce", "--json", "/nowhere/x.json"], "/nowhere/x.json can not be written (No such file"),
+        (["all_reduce", "--csv", "/proc/x.csv"], "/proc/x.csv can not be written"),
         (["all_reduce", "--algorithm", "rong"], "did you mean ring"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -160,24 +161,49 @@ class Unsigned(InprocTransport):
 
 
 @pytest.mark.parametrize(
-    ("kind", "checks"),
+    ("kind", "check", "reason"),
     [
-        (Dropping, [conformance.check_order, conformance.check_any_order, conformance.check_plans]),
-        (Cutting, [conformance.check_sizes, conformance.check_plans]),
-        (Swapping, [conformance.check_any_source]),
-        (Spoiling, [conformance.check_sizes, conformance.check_any_order, conformance.check_plans]),
-        (TagBlind, [conformance.check_tags, conformance.check_any_source]),
-        (LonelyAbort, [conformance.check_abort, conformance.check_length, conformance.check_deadline]),
-        (Impatient, [conformance.check_sizes, conformance.check_deadline]),
-        (WritesInput, [conformance.check_plans]),
-        (WritesBeyond, [conformance.check_plans]),
-        (Unsigned, [conformance.check_mismatch]),
+        (Dropping, conformance.check_order, "waited in vain for 1 of 1 messages"),
+        (Dropping, conformance.check_any_order, "waited in vain"),
+        (Dropping, conformance.check_plans, r"waits .* at its deadline"),
+        (Cutting, conformance.check_sizes, "wanted 4097 bytes from rank ., and 4096 came"),
+        (Cutting, conformance.check_plans, "got 191 bytes from rank . that are no message"),
+        (Swapping, conformance.check_any_source, "twice, or in another order than sent: .*1, 0, 3, 2"),
+        (Spoiling, conformance.check_sizes, "a message of 4097 bytes came otherwise than sent"),
+        (Spoiling, conformance.check_any_order, "wrong bytes from rank"),
+        (Spoiling, conformance.check_plans, "result is wrong"),
+        (TagBlind, conformance.check_tags, "wanted 32867 bytes from rank 0, and 100 came"),
+        (TagBlind, conformance.check_any_source, "wanted 2 bytes from rank ., and 5 came"),
+        (LonelyAbort, conformance.check_abort, "wanted Aborted by the first reason, came DeadlineExceeded"),
+        (LonelyAbort, conformance.check_length, "rank 0 was not told: wanted Mismatch"),
+        (LonelyAbort, conformance.check_deadline, "rank 0 was not told: wanted DeadlineExceeded"),
+        (Impatient, conformance.check_sizes, "came otherwise than sent"),
+        (Impatient, conformance.check_deadline, "a wait ended before its deadline"),
+        (WritesInput, conformance.check_plans, "the input was written"),
+        (WritesBeyond, conformance.check_plans, "bytes beside a buffer were written"),
+        (Unsigned, conformance.check_mismatch, r"the message does not say 'all_reduce\(float32, sum, 1000"),
     ],
 )
-def test_a_broken_transport_is_found(kind: type[InprocTransport], checks: list[Callable[..., None]]) -> None:
-    for check in checks:
-        with pytest.raises((AssertionError, CollectiveError)):
-            check(maker(2, kind), patience=0.3)
+def test_a_broken_transport_is_found(kind: type[InprocTransport], check: Callable[..., None], reason: str) -> None:
+    """For the reason that it is broken by: what is whole passes with the same patience."""
+    with pytest.raises((AssertionError, CollectiveError), match=reason):
+        check(maker(2, kind), patience=0.3)
+    check(maker(2), patience=0.3)
+
+
+class Deaf(InprocTransport):
+    """Its waits know no deadline."""
+
+    def wait(self, requests: Sequence[Request], deadline: float) -> None:
+        super().wait(requests, deadline + 60)
+
+
+def test_a_wait_that_ignores_its_deadline_is_found_soon() -> None:
+    """Soon: before pytest ends the test."""
+    begun = time.monotonic()
+    with pytest.raises(AssertionError, match="never ended: a wait ignores its deadline"):
+        conformance.check_deadline(maker(2, Deaf), patience=0.3)
+    assert time.monotonic() - begun < 20
 
 
 def test_the_whole_suite_stops_at_the_first_fault() -> None:

@@ -211,7 +211,7 @@ def test_what_a_rank_does_not_hold_is_a_schedule_error() -> None:
         if rank == 1:
             yield send(0, 1)
 
-    with pytest.raises(ScheduleError, match=r"broadcast by_hand: rank 1 of 2 uses block 1 at step 1"):
+    with pytest.raises(ScheduleError, match=r"broadcast by_hand: rank 1 of 2 uses block 1 at step 2"):
         lower(by_hand(Collective.BROADCAST, wrong, blocks=2), 1, 2)
 
 

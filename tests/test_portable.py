@@ -71,8 +71,8 @@ def test_a_mismatch_names_both_ranks_and_both_calls(other: Case) -> None:
     transports = inproc(2)
     executions = start(transports, other, own)
     text = message(Mismatch, executions)
-    assert f"rank 0 called {other.text} #0" in text or f"rank 0 of 2 called {other.text} #0" in text
-    assert f"rank 1 called {own.text} #0" in text or f"rank 1 of 2 called {own.text} #0" in text
+    assert f"rank 0 called {other.text} #1" in text or f"rank 0 of 2 called {other.text} #1" in text
+    assert f"rank 1 called {own.text} #1" in text or f"rank 1 of 2 called {own.text} #1" in text
     for transport in transports:  # a root that has sent all is finished, and hears of it in its next call
         with pytest.raises(Mismatch, match="called"):
             transport.progress()
@@ -84,7 +84,7 @@ def test_a_call_that_one_rank_left_out_is_seen_by_its_number() -> None:
     ahead = Trial(transports[0], broadcast)
     ahead.start().wait(time.monotonic() + 60)  # there is room for its message, so the root is finished
     text = message(Mismatch, start(transports, own)[1:])
-    assert f"rank 1 of 2 called {own.text} #0, rank 0 called {broadcast.text} #0" in text
+    assert f"rank 1 of 2 called {own.text} #1, rank 0 called {broadcast.text} #1" in text
     assert "in the same order" in text
 
 
@@ -92,7 +92,7 @@ def test_the_same_call_repeated_unequally_often_is_seen() -> None:
     case = Case(lookup(Collective.BROADCAST, "tree"), 2, 10)
     transports = inproc(2)
     transports[1].runs = 1
-    assert f"{case.text} #1, rank 0 called {case.text} #0" in message(Mismatch, start(transports, case))
+    assert f"{case.text} #2, rank 0 called {case.text} #1" in message(Mismatch, start(transports, case))
 
 
 def test_blocks_that_are_swapped_do_not_go_unnoticed() -> None:
@@ -101,7 +101,7 @@ def test_blocks_that_are_swapped_do_not_go_unnoticed() -> None:
 
     wrong = Algorithm("swapped", Collective.BROADCAST, swapped, lambda _: 2, lambda _: 1)
     text = message(Mismatch, start(inproc(2), Case(wrong, 2, 128)))
-    assert "at step 0 rank 1 of 2 wants from rank 0 blocks (1,) of segment 0, 256 bytes" in text
+    assert "at step 1 rank 1 of 2 wants from rank 0 blocks (1,) of segment 0, 256 bytes" in text
     assert "it sends other blocks of segment 0, 256 bytes" in text
     assert "abccl verify" in text
 
@@ -135,9 +135,9 @@ def test_a_deadline_says_what_is_waited_for() -> None:
     with pytest.raises(DeadlineExceeded) as caught:
         executions[3].wait(time.monotonic())
     assert str(caught.value).startswith(
-        f"{case.text} #0: rank 3 of 4 waits at step 1 for blocks (0,) from rank 2 at its deadline"
+        f"{case.text} #1: rank 3 of 4 waits at step 2 for blocks (0,) from rank 2 at its deadline"
     )
-    with pytest.raises(DeadlineExceeded, match="rank 3 of 4 waits at step 1"):
+    with pytest.raises(DeadlineExceeded, match="rank 3 of 4 waits at step 2"):
         executions[1].progress()
 
 
@@ -145,7 +145,7 @@ def test_a_deadline_says_who_does_not_take_a_message() -> None:
     broadcast = lookup(Collective.BROADCAST, "tree")
     case = Case(broadcast, 2, 100, segment=64)
     (execution,) = start(inproc(2, room=0)[:1], case)
-    with pytest.raises(DeadlineExceeded, match=r"waits since step 0 for rank 1 to take blocks \(0,\) of segment 1 at"):
+    with pytest.raises(DeadlineExceeded, match=r"waits since step 1 for rank 1 to take blocks \(0,\) of segment 1 at"):
         execution.wait(time.monotonic())
 
 

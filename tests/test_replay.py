@@ -42,16 +42,17 @@ def swap(peer: int, *blocks: Any, reduce: bool = True) -> tuple[Message, Message
 def test_history_tells_what_was_held_when() -> None:
     run = replay(lookup(Collective.ALL_REDUCE, "tree"), 3)
     assert run.steps == 3
-    assert [run.expressions.text(value) for (value,) in (held.values() for held in run.held(0))] == ["0", "1", "2"]
-    assert run.expressions.ranks(run.held(1)[0][0]) == [0, 1, 2]
-    assert run.held(2)[1] == run.before[1]
-    assert len({tuple(held.items()) for held in run.held(3)}) == 1
+    start, one, two, end = run.history()
+    assert [run.expressions.text(value) for (value,) in (held.values() for held in start)] == ["0", "1", "2"]
+    assert run.expressions.ranks(one[0][0]) == [0, 1, 2]
+    assert two[1] == run.before[1]
+    assert len({tuple(held.items()) for held in end}) == 1
     assert len(run.transfers) == 4
 
 
 def test_a_fold_of_many_is_one_expression_in_rank_order() -> None:
     run = replay(lookup(Collective.ALL_REDUCE, "direct"), 4)
-    assert {run.expressions.text(value) for held in run.held(1) for value in held.values()} == {"0+1+2+3"}
+    assert {run.expressions.text(value) for held in list(run.history())[1] for value in held.values()} == {"0+1+2+3"}
 
 
 def test_missing_contribution() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from abccl.collectives import bootstrap, launch
@@ -57,8 +58,9 @@ def hang() -> None:
 
 
 def one_fails(how: str) -> None:
-    """Rank 1 ends in some way; the others never would."""
-    if bootstrap.find().rank != 1:
+    """The last rank ends in some way; the others never would."""
+    own = bootstrap.find()
+    if own.rank != own.size - 1:
         hang()
     if how == "raise":
         raise KeyError("no such thing")
@@ -144,7 +146,7 @@ def test_the_traceback_of_a_failing_rank(work: ModuleType, ranks: int) -> None:
     with pytest.raises(RankFailed) as caught:
         spawn(work.one_fails, ranks, ("raise",))
     message = str(caught.value)
-    assert message.startswith(f"rank 1 of {ranks} raised KeyError: 'no such thing'")
+    assert message.startswith(f"rank {ranks - 1} of {ranks} raised KeyError: 'no such thing'")
     assert 'raise KeyError("no such thing")' in message and "in one_fails" in message
 
 
@@ -204,11 +206,35 @@ def test_what_can_not_be_taken_to_a_new_process(work: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((None,), "wants a function"), ((hang, 0), "at least one rank"), ((hang, "2"), "at least one rank")],
+    [
+        ((None,), "wants a function"),
+        ((hang, 0), "at least one rank"),
+        ((hang, "2"), "at least one rank"),
+        ((hang, 1.5), "at least one rank"),
+        ((hang, 1, 5), r"as a tuple, and got 5: write args=\(5,\)"),
+        ((hang, 1, "ab"), r"write args=\('ab',\)"),
+    ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         spawn(*arguments)
+
+
+@pytest.mark.parametrize("timeout", ["x", "5", 0, -1, float("nan"), float("inf")])
+def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
+    with pytest.raises(ArgumentError, match="positive number of seconds, or None, and got timeout="):
+        spawn(hang, 1, timeout=timeout)
+
+
+def test_numbers_may_be_numpys(work: ModuleType) -> None:
+    assert spawn(work.where, np.int64(2), timeout=np.float32(60)) == [(0, 2), (1, 2)]  # type: ignore[arg-type]
+
+
+def test_four_ranks_unless_told(work: ModuleType) -> None:
+    assert spawn(work.where) == [(rank, 4) for rank in range(4)]
+
+
+def test_an_unknown_start_method_brings_those_there_are() -> None:
     with pytest.raises(ArgumentError, match=r"no start method 'thread': there are .*spawn"):
         spawn(hang, start_method="thread")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
 
-from abccl.algorithms import Collective, lookup, registry, replay
-from abccl.tools.arguments import ranges, rank_numbers, to_collective
+import abccl
+from abccl.algorithms import Collective, lookup, registry, replay, to_collective
+from abccl.algorithms.words import ranges
+from abccl.tools.arguments import rank_numbers
 from abccl.tools.cli import COMMANDS, main
 from abccl.tools.draw import picture
 from abccl.tools.frames import frames, letters
@@ -96,7 +99,7 @@ def test_verify_holds_declared_counts_to_account(tmp_path: Path) -> None:
     path.write_text(GOOD.replace("(Collective.ALL_REDUCE)", declared).replace("import", "import Counts,"))
     result = run("verify", path, "--ranks", 5)
     assert result.exit_code == 1
-    assert "the schedule has 2 steps, 4 sent, 4 folded; declared are 1 steps, 1 sent, 1 folded" in result.output
+    assert "the schedule has 2 steps, 4 sent, 4 folded; declared are 1 step, 1 sent, 1 folded" in result.output
 
 
 @pytest.mark.parametrize(
@@ -106,15 +109,91 @@ def test_verify_holds_declared_counts_to_account(tmp_path: Path) -> None:
         ("x = 1\nprint(undefined)\n", "line 2: NameError: name 'undefined' is not defined"),
         ("x = 1\n", "registers no algorithm: put @algorithm"),
         (GOOD.replace("star_", "ring_"), "ArgumentError: all_reduce ring is taken"),
+        (GOOD + "raise SystemExit(0)\n", "line 19: SystemExit: 0"),
+        ("x = '\0'\n", "null bytes"),
+        (b"\x7fELF\xff\xfe\x00", "mine.py"),
     ],
 )
-def test_errors_in_a_file_are_readable(text: str, words: str, tmp_path: Path) -> None:
+def test_errors_in_a_file_are_readable(text: str | bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = run("verify", path)
     assert result.exit_code == 1
     assert words in result.output and str(path) in result.output
+    assert "Traceback" not in result.output and "None" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("ALL_REDUCE)", "ALL_REDUCE, blocks=lambda p: p / 2)", "star: blocks for 4 ranks: TypeError: 'float'"),
+        ("ALL_REDUCE)", "ALL_REDUCE, largest=lambda p: p // 0)", "star: largest for 4 ranks: ZeroDivisionError"),
+        ("ALL_REDUCE)", "ALL_REDUCE, counts=lambda p: 1 // 0)", "star: counts for 4 ranks: ZeroDivisionError"),
+        ("ALL_REDUCE)", "ALL_REDUCE, counts=lambda p: (1, 2, 3))", "wanted is Counts(steps, sent, folded), and it is"),
+        ("[power_of_two]", "[lambda p: True]", "line 15: ArgumentError: restrictions wants a list of Restriction"),
+        ("[power_of_two]", "power_of_two", "write [power_of_two], [at_least(4)]"),
+        ("yield send(0, 0)", "yield send(0, 0 / 2)", "rank 1: send wants a rank and blocks"),
+        ("yield send(0, 0)", "yield send(0, 0 / 2)", "and got send(0, 0.0)"),
+        ("yield send(0, 0)", "yield send(0, [0])", "(mine.py, line 11)"),
+        ("yield send(0, 0)", "raise SystemExit", "the program of rank 1 raised SystemExit:  (mine.py, line 11)"),
+    ],
+)
+def test_errors_in_what_a_file_declares_are_readable(old: str, new: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD.replace(old, new))
+    result = run("verify", path, "--ranks", 4)
+    assert result.exit_code == 1
+    assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_program_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "endless.py"
+    path.write_text(GOOD.replace("yield send(0, 0)", "while True: yield ()"))
+    monkeypatch.setattr(schedule, "LIMIT", 1000)
+    result = run("verify", path, "--ranks", 4)
+    assert result.exit_code == 1
+    assert "4 ranks: the program of rank 1: it yielded 1,000 steps and did not end" in result.output
+
+
+def test_what_selects_nothing_is_an_error(good: Path) -> None:
+    for more in ([], ["--collective", "barrier"]):
+        result = run("verify", good, "--collective", "broadcast", *more)
+        assert result.exit_code == 1
+        assert "has no broadcast algorithm: there are all_reduce, barrier" in result.output
+
+
+def test_one_rank_is_one() -> None:
+    assert run("show", "broadcast", "ring", "--ranks", 1).output.startswith("broadcast ring, 1 rank, root 0: 0 steps")
+    assert run("verify", "--collective", "broadcast", "--algorithm", "ring", "--ranks", 1).output.endswith(
+        "1 rank: ok\n"
+    )
+
+
+def test_version() -> None:
+    assert run("--version").output == f"abccl {abccl.__version__}\n"
+
+
+@pytest.mark.parametrize("path", ["/nonexist/x.svg", "/proc/x.svg"])
+def test_a_drawing_that_can_not_be_written(path: str) -> None:
+    result = run("draw", "all_reduce", "ring", "-o", path)
+    assert result.exit_code == 1
+    assert f"{path} can not be written (No such file" in result.output and "Traceback" not in result.output
+
+
+def test_too_many_ranks_for_a_drawing(tmp_path: Path) -> None:
+    path = tmp_path / "x.svg"
+    assert "64 at most" in run("draw", "barrier", "tree", "--ranks", 65, "-o", path).output
+    assert not path.exists()
+    assert run("draw", "barrier", "tree", "--ranks", 64, "-o", path).exit_code == 0
+
+
+def test_the_example_of_the_guide_can_be_pasted(tmp_path: Path, root: Path) -> None:
+    example = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    path = tmp_path / "mine.py"
+    path.write_text(textwrap.dedent(example))
+    result = run("verify", path)
+    assert (result.exit_code, result.output) == (0, "all_gather my_ring: 1-40, 64 ranks: ok\n")
 
 
 @pytest.mark.parametrize(

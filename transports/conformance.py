@@ -216,7 +216,8 @@ def check_any_source(make: Make, patience: float = PATIENCE) -> None:
             transport.wait([receive], deadline)
             assert receive.source == into[0], f"a message of rank {into[0]} was said to be of rank {receive.source}"
             taken[into[0]].append(into[1])
-        assert taken == {peer: list(range(count)) for peer in range(1, size)}
+        wanted = {peer: list(range(count)) for peer in range(1, size)}
+        assert taken == wanted, f"messages came twice, or in another order than sent: {taken}"
         words = [bytearray(5) for _ in range(1, size)]
         transport.wait([transport.post_recv(ANY_SOURCE, USER_TAGS + 1, memoryview(word)) for word in words], deadline)
         assert words == [b"other"] * (size - 1)

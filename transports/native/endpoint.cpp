@@ -230,8 +230,9 @@ std::string Endpoint::status(uint32_t peer) const {
     const std::string which = " #" + shown(sequence_);
     uint32_t signature = 0;
     std::string text = "nothing";
-    if (entered != 0) read_record(peer, entered, &signature, &text);
-    const std::string last = text + (entered ? " #" + shown(entered) : "");
+    const bool any = entered > before_users_;
+    if (any) read_record(peer, entered, &signature, &text);
+    const std::string last = text + (any ? " #" + shown(entered) : "");
     if (control(peer).closed.load(std::memory_order_relaxed)) return "which has closed after " + last;
     if (entered < sequence_)
         return "which has not entered" + which + " (last: " + last + (finished < entered ? ", unfinished)" : ")");
