@@ -45,10 +45,8 @@ install: $(NATIVE) ## make .venv, install abccl into it (editable) and build the
 # ---- running
 
 demo: $(NATIVE) ## train on digits over abccl and over gloo, then measure both
-	@echo "== two processes train on digits over abccl"
-	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py
-	@echo "== the same over gloo"
-	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py --backend gloo
+	@echo "== two processes train on digits, over abccl and over gloo"
+	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py --backend abccl,gloo
 	@echo "== all_reduce through torch.distributed, abccl against gloo"
 	@OMP_NUM_THREADS=1 python -m abccl.bench all_reduce --ranks 2 --vs gloo
 

@@ -3,33 +3,37 @@
 Communicate: `init`, `spawn`, `Communicator`. Write an algorithm: `algorithm`, `send`, `recv`; prove it: `replay`.
 """
 
-from abccl.algorithms import (
-    Collective,
-    algorithm,
-    at_least,
-    mirror,
-    per_rank,
-    power_of_two,
-    recv,
-    relabel,
-    replay,
-    send,
-)
-from abccl.collectives import Communicator, Work, init, premul_sum, spawn
-from abccl.errors import (
-    AbcclError,
-    Aborted,
-    ArgumentError,
-    ClosedError,
-    CollectiveError,
-    DeadlineExceeded,
-    Mismatch,
-    PeerLost,
-    RankFailed,
-    ScheduleError,
-    TransportError,
-    UnknownAlgorithm,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abccl.algorithms import (
+        Collective,
+        algorithm,
+        at_least,
+        mirror,
+        per_rank,
+        power_of_two,
+        recv,
+        relabel,
+        replay,
+        send,
+    )
+    from abccl.collectives import Communicator, Work, init, premul_sum, spawn
+    from abccl.errors import (
+        AbcclError,
+        Aborted,
+        ArgumentError,
+        ClosedError,
+        CollectiveError,
+        DeadlineExceeded,
+        Mismatch,
+        PeerLost,
+        RankFailed,
+        ScheduleError,
+        TransportError,
+        UnknownAlgorithm,
+    )
 
 __version__ = "0.1.0"
 
@@ -63,3 +67,46 @@ __all__ = [
     "send",
     "spawn",
 ]
+
+_HOMES = {
+    "abccl.algorithms": (
+        "Collective",
+        "algorithm",
+        "at_least",
+        "mirror",
+        "per_rank",
+        "power_of_two",
+        "recv",
+        "relabel",
+        "replay",
+        "send",
+    ),
+    "abccl.collectives": ("Communicator", "Work", "init", "premul_sum", "spawn"),
+    "abccl.errors": (
+        "AbcclError",
+        "Aborted",
+        "ArgumentError",
+        "ClosedError",
+        "CollectiveError",
+        "DeadlineExceeded",
+        "Mismatch",
+        "PeerLost",
+        "RankFailed",
+        "ScheduleError",
+        "TransportError",
+        "UnknownAlgorithm",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # `import torch` imports this file, to find the backend: what is heavy is loaded when it is asked for.
+    for module, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module 'abccl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -109,9 +109,10 @@ def main() -> int:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(runs, file, indent=1)
     equal = all(f"{a:.5g}" == f"{b:.5g}" for run in runs for a, b in zip(run["losses"], runs[0]["losses"]))
+    same = all(run["accuracy"] == runs[0]["accuracy"] for run in runs)
     if rank == 0 and len(runs) > 1:
-        print(f"losses equal to 5 digits: {'yes' if equal else 'no'}", flush=True)
-    return 0 if equal else 1
+        print(f"losses equal to 5 digits: {'yes' if equal else 'no'}; test accuracy equal: {'yes' if same else 'no'}")
+    return 0 if equal and same else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import abccl
-from abccl.algorithms import Collective, lookup, registry, replay, to_collective
+from abccl.algorithms import Collective, lookup, registry, replay, schedule, to_collective
 from abccl.algorithms.words import ranges
 from abccl.tools.arguments import rank_numbers
 from abccl.tools.cli import COMMANDS, main
@@ -109,7 +109,7 @@ def test_verify_holds_declared_counts_to_account(tmp_path: Path) -> None:
         ("x = 1\nprint(undefined)\n", "line 2: NameError: name 'undefined' is not defined"),
         ("x = 1\n", "registers no algorithm: put @algorithm"),
         (GOOD.replace("star_", "ring_"), "ArgumentError: all_reduce ring is taken"),
-        (GOOD + "raise SystemExit(0)\n", "line 19: SystemExit: 0"),
+        (GOOD + "raise SystemExit(0)\n", "line 18: SystemExit: 0"),
         ("x = '\0'\n", "null bytes"),
         (b"\x7fELF\xff\xfe\x00", "mine.py"),
     ],
@@ -130,7 +130,7 @@ def test_errors_in_a_file_are_readable(text: str | bytes, words: str, tmp_path: 
         ("ALL_REDUCE)", "ALL_REDUCE, largest=lambda p: p // 0)", "star: largest for 4 ranks: ZeroDivisionError"),
         ("ALL_REDUCE)", "ALL_REDUCE, counts=lambda p: 1 // 0)", "star: counts for 4 ranks: ZeroDivisionError"),
         ("ALL_REDUCE)", "ALL_REDUCE, counts=lambda p: (1, 2, 3))", "wanted is Counts(steps, sent, folded), and it is"),
-        ("[power_of_two]", "[lambda p: True]", "line 15: ArgumentError: restrictions wants a list of Restriction"),
+        ("[power_of_two]", "[lambda p: True]", "line 14: ArgumentError: restrictions wants a list of Restriction"),
         ("[power_of_two]", "power_of_two", "write [power_of_two], [at_least(4)]"),
         ("yield send(0, 0)", "yield send(0, 0 / 2)", "rank 1: send wants a rank and blocks"),
         ("yield send(0, 0)", "yield send(0, 0 / 2)", "and got send(0, 0.0)"),
