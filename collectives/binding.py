@@ -167,7 +167,7 @@ class Binder:
             check_operator("premul_sum", dtype)
             return "sum", Scaling.BEFORE, op.factor
         if not isinstance(op, str):
-            raise ArgumentError(f"{collective.value}: op must be an operator's name, and is {op!r}: pass \"sum\", say")
+            raise ArgumentError(f'{collective.value}: op must be an operator\'s name, and is {op!r}: pass "sum", say')
         if op == "premul_sum":
             raise ArgumentError("premul_sum wants its factor: pass op=abccl.premul_sum(0.5)")
         check_operator(op, dtype)
