@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import Any
@@ -91,6 +92,10 @@ class World:
     def abort(self, reason: str) -> None:
         """Let the other ranks' waits end: this one has failed, and perhaps only this one."""
         self.comm.abort(reason)
+        if self._distributed is not None:
+            # Gloo's threads, left to the interpreter's exit, now and then end the process by SIGABRT.
+            with contextlib.suppress(Exception):
+                self._distributed.destroy_process_group()
 
     def close(self) -> None:
         """Give everything back, together."""
