@@ -80,8 +80,15 @@ class ShmTransport(Transport):
         self.native.set_patience(*((20, 500) if size > cores else (200, 4000)))
         self.native.streaming_from = NEVER
         if 1 < size <= 2 * cores:
-            self.native.streaming_from = self._calibrate()
+            allowed = sorted(os.sched_getaffinity(0))
+            # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
+            os.sched_setaffinity(0, {allowed[self.rank % len(allowed)]})
+            try:
+                self.native.streaming_from = self._calibrate()
+            finally:
+                os.sched_setaffinity(0, allowed)
             self.native.number_from_here()
+            self.native.adapt()
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
         """Make and announce the own region, attach to all others; returns what went wrong anywhere."""
@@ -124,7 +131,7 @@ class ShmTransport(Transport):
         """From how many bytes on messages go past the cache: measured, as it depends on what the ranks' cores share.
 
         Cores that share a cache hand lines over faster than memory does; between others it is the other way round,
-        by up to 8 times. A few ms; collective, and the same on all ranks.
+        by up to 8 times. A few ms; collective, and the same on all ranks. Plans begin with it, and watch their runs.
         """
         for message in (8 << 10, self.slot_bytes):
             vector = np.zeros(4 * message * self.size, dtype=np.uint8)

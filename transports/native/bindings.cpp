@@ -224,6 +224,7 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("abort", &Communicator::abort)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
+        .def("adapt", [](Communicator& c) { c.endpoint.adapt(); })
         .def("number_from_here", [](Communicator& c) { c.endpoint.number_from_here(); })
         .def("set_patience", [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
         .def_property(

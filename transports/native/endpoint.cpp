@@ -101,8 +101,8 @@ void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t to
     }
 }
 
-void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes) {
-    const bool streaming = bytes >= streaming_from_;
+void Endpoint::write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes, size_t streaming_from) {
+    const bool streaming = bytes >= streaming_from;
     for (size_t i = 0; i < span_count; ++i) {
         if (spans[i].bytes == 0) continue;
         if (streaming)
@@ -125,7 +125,7 @@ bool Endpoint::multicast_is_free(uint32_t lane) const {
 }
 
 bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
-                        size_t span_count, size_t bytes) {
+                        size_t span_count, size_t bytes, size_t streaming_from) {
     for (uint32_t i = 0; i < n; ++i) {
         Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
         if (out.next - out.seen_tail < geometry_.slots) continue;
@@ -140,7 +140,8 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
     } else if (!is_inline && !multicast_is_free(lane)) {
         // Each reader gets a copy in a slot of its own, for which there is room: replay proves schedules by the room
         // of pairs alone, so a multicast must never wait for more.
-        for (uint32_t i = 0; i < n; ++i) try_send(&peers[i], 1, lane, signature, spans, span_count, bytes);
+        for (uint32_t i = 0; i < n; ++i)
+            try_send(&peers[i], 1, lane, signature, spans, span_count, bytes, streaming_from);
         return true;
     } else if (!is_inline) {
         const uint32_t index = multicast_next_[lane] % geometry_.slots;
@@ -151,7 +152,7 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
             multicast.readers.emplace_back(peers[i], outgoing_[geometry_.channel(peers[i], lane)].next + 1);
         ++multicast_next_[lane];
     }
-    if (slot) write(slot, spans, span_count, bytes);
+    if (slot) write(slot, spans, span_count, bytes, streaming_from);
     for (uint32_t i = 0; i < n; ++i) {
         Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
         Descriptor& descriptor = out.ring[out.next % geometry_.slots];

@@ -67,9 +67,10 @@ class Endpoint {
 
     // ---- Channels. None of these waits.
 
-    // Sends the spans as one message to each of the peers, or to none: false if there is no room.
+    // Sends the spans as one message to each of the peers, or to none: false if there is no room. Messages of
+    // `streaming_from` bytes or more go past the cache.
     bool try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
-                  size_t span_count, size_t bytes);
+                  size_t span_count, size_t bytes, size_t streaming_from);
     // The next message from the peer, or null. Its bytes stay valid until `release` of its channel.
     const Descriptor* try_receive(uint32_t peer, uint32_t lane);
     const uint8_t* payload(uint32_t peer, const Descriptor& descriptor) const;
@@ -122,6 +123,9 @@ class Endpoint {
     void set_patience(Patience patience) { patience_ = patience; }
     void set_streaming_from(size_t bytes) { streaming_from_ = bytes; }
     size_t streaming_from() const { return streaming_from_; }
+    // Lets plans find out by themselves from here on.
+    void adapt() { adapts_ = true; }
+    bool adapts() const { return adapts_; }
 
     // To be called at every tick of a caller's wait, without locks held; may throw. (Python checks for signals here.)
     static void set_on_tick(std::function<void()> on_tick);
@@ -149,7 +153,7 @@ class Endpoint {
     }
     static void ring(Control& control);
     bool multicast_is_free(uint32_t lane) const;
-    void write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes);
+    void write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes, size_t streaming_from);
     Control& control(uint32_t peer) const { return *reinterpret_cast<Control*>(regions_[peer]->base()); }
     bool read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const;
 
@@ -168,6 +172,7 @@ class Endpoint {
     std::string text_;
     Patience patience_{2000, 2000};
     size_t streaming_from_ = 4096;
+    bool adapts_ = false;
 };
 
 }  // namespace abccl

@@ -4,6 +4,12 @@
 #include "fold.hpp"
 
 namespace abccl {
+namespace {
+
+// Shorter messages are not worth two looks at the clock.
+constexpr size_t adaptive_from = 8192;
+
+}  // namespace
 
 void Execution::start(const Plan& plan, const void* input, void* output) {
     plan_ = &plan;
@@ -11,6 +17,12 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     output_ = static_cast<uint8_t*>(output);
     const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text);
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
+    streaming_from_ = endpoint_.streaming_from();
+    adapts_ = endpoint_.adapts() && plan.longest_message >= adaptive_from;
+    if (adapts_) {
+        streaming_from_ = plan.protocol.next(plan.longest_message >= streaming_from_) ? adaptive_from / 2 : SIZE_MAX;
+        started_ = Clock::now();
+    }
     const size_t needed = plan.scratch_bytes() + cache_line;
     if (needed > scratch_bytes_) {
         scratch_.reset(new uint8_t[needed]);
@@ -46,6 +58,8 @@ Outcome Execution::progress() {
         if (!plan_->receives) std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
         if (!plan_->receives)
             for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
+        if (adapts_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
+        adapts_ = false;
         endpoint_.finish();
         return Outcome::done;
     }
@@ -121,7 +135,7 @@ bool Execution::send(const Row& row, uint32_t lane_index, const Lane& lane) {
     }
     if (bytes == 0 && lane.segment > 0) return true;
     return endpoint_.try_send(&plan.peers[row.peers], row.readers, lane_index, signature(row, lane.segment),
-                              spans_.data(), row.count, bytes);
+                              spans_.data(), row.count, bytes, streaming_from_);
 }
 
 bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {

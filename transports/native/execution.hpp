@@ -53,6 +53,9 @@ class Execution {
     uint8_t* output_ = nullptr;
     uint32_t base_signature_ = 0;
     uint32_t unfinished_ = 0;
+    bool adapts_ = false;  // the plan learns from this run
+    size_t streaming_from_ = 0;
+    Clock::time_point started_;
     std::vector<Lane> lanes_;
     std::vector<Span> spans_;
     std::vector<const void*> sources_;

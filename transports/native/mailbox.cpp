@@ -113,13 +113,14 @@ bool Mailbox::progress_sends(uint32_t peer) {
             const size_t now = s.bytes <= bytes_with_announcement ? s.bytes : 0;
             const Span spans[2] = {{&announcement, sizeof(announcement)}, {s.data, now}};
             if (!endpoint_.try_send(&peer, 1, lane_, announcement_signature, spans, now ? 2 : 1,
-                                    sizeof(announcement) + now))
+                                    sizeof(announcement) + now, endpoint_.streaming_from()))
                 return moved;
             s.announced = true;
             s.moved = now;
         } else {
             const Span span{s.data + s.moved, std::min<size_t>(left, endpoint_.geometry().slot_bytes)};
-            if (!endpoint_.try_send(&peer, 1, lane_, bytes_signature, &span, 1, span.bytes)) return moved;
+            if (!endpoint_.try_send(&peer, 1, lane_, bytes_signature, &span, 1, span.bytes, endpoint_.streaming_from()))
+                return moved;
             s.moved += span.bytes;
         }
         moved = true;

@@ -169,6 +169,7 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
         int64_t longest = 0;
         for (uint32_t i = 0; i < row.count; ++i) longest += elements(operands[row.first + i].block, 0);
         if (longest > fitting) refuse("a message that is longer than a slot");
+        longest_message = std::max(longest_message, static_cast<size_t>(longest) * itemsize);
     }
     if ((parameters.op < Op::sum) || (parameters.op > Op::bxor)) refuse("an unknown operator");
 }

@@ -48,6 +48,30 @@ struct PlanParameters {
     std::vector<std::string> names;  // of blocks
 };
 
+// Whether to send past the cache, decided by how long the plan's runs took. Which is faster depends on what the ranks'
+// cores share, and a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. So every 64th run
+// tries the other way. All ranks make the same runs, so they try together; they need not agree.
+class Protocol {
+  public:
+    bool next(bool at_first) {
+        if (runs_ == 0) streaming_ = at_first;
+        trying_ = runs_ % 64 == 3 || runs_ == 4;
+        return streaming_ != trying_;
+    }
+    void took(double seconds) {
+        double& cost = cost_[streaming_ != trying_];
+        // The first run touches the memory. One sample that was descheduled should not decide.
+        if (runs_++ > 0) cost = cost == 0 ? seconds : 0.5 * cost + 0.5 * (seconds < 2 * cost ? seconds : 2 * cost);
+        const double here = cost_[streaming_], other = cost_[!streaming_];
+        if (other != 0 && other < 0.85 * here) streaming_ = !streaming_;
+    }
+
+  private:
+    uint32_t runs_ = 0;
+    bool streaming_ = false, trying_ = false;
+    double cost_[2] = {0, 0};
+};
+
 class Plan {
   public:
     // Throws Failure(argument) if the table would make the engine touch memory outside the buffers.
@@ -73,6 +97,8 @@ class Plan {
     std::vector<Extent> extents;
     size_t max_parts = 1;
     bool receives = false;
+    size_t longest_message = 0;  // bytes
+    mutable Protocol protocol;   // a plan runs once at a time
 };
 
 }  // namespace abccl
