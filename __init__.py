@@ -68,43 +68,15 @@ __all__ = [
     "spawn",
 ]
 
-_HOMES = {
-    "abccl.algorithms": (
-        "Collective",
-        "algorithm",
-        "at_least",
-        "mirror",
-        "per_rank",
-        "power_of_two",
-        "recv",
-        "relabel",
-        "replay",
-        "send",
-    ),
-    "abccl.collectives": ("Communicator", "Work", "init", "premul_sum", "spawn"),
-    "abccl.errors": (
-        "AbcclError",
-        "Aborted",
-        "ArgumentError",
-        "ClosedError",
-        "CollectiveError",
-        "DeadlineExceeded",
-        "Mismatch",
-        "PeerLost",
-        "RankFailed",
-        "ScheduleError",
-        "TransportError",
-        "UnknownAlgorithm",
-    ),
-}
-
 
 def __getattr__(name: str) -> Any:
     # `import torch` imports this file, to find the backend: what is heavy is loaded when it is asked for.
-    for module, names in _HOMES.items():
-        if name in names:
-            globals()[name] = value = getattr(importlib.import_module(module), name)
-            return value
+    if name in __all__:
+        for home in ("abccl.errors", "abccl.collectives", "abccl.algorithms"):
+            module = importlib.import_module(home)
+            if name in module.__all__:
+                globals()[name] = value = getattr(module, name)
+                return value
     raise AttributeError(f"module 'abccl' has no attribute {name!r}")
 
 
