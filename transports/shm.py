@@ -7,6 +7,7 @@ share a host is found by trying.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -82,11 +83,13 @@ class ShmTransport(Transport):
         if 1 < size <= 2 * cores:
             allowed = sorted(os.sched_getaffinity(0))
             # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
-            os.sched_setaffinity(0, {allowed[self.rank % len(allowed)]})
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setaffinity(0, {allowed[self.rank % len(allowed)]})
             try:
                 self.native.streaming_from = self._calibrate()
             finally:
-                os.sched_setaffinity(0, allowed)
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, allowed)
             self.native.number_from_here()
             self.native.adapt()
 
