@@ -77,10 +77,9 @@ class ShmTransport(Transport):
             )
         # Spinning longer than this gains nothing that was measured, and two ranks that the scheduler has put on one
         # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
-        cores = self.cores
-        self.native.set_patience(*((20, 500) if size > cores else (200, 4000)))
+        self.native.set_patience(*((20, 500) if size > self.cores else (200, 4000)))
         self.native.streaming_from = NEVER
-        if 1 < size <= 2 * cores:
+        if 1 < size <= 2 * self.cores:
             allowed = sorted(os.sched_getaffinity(0))
             # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -136,11 +135,10 @@ class ShmTransport(Transport):
         Cores that share a cache hand lines over faster than memory does; between others it is the other way round,
         by up to 8 times. A few ms; collective, and the same on all ranks. Plans begin with it, and watch their runs.
         """
+        skeleton = lower(lookup(Collective.ALL_REDUCE, "two_shot"), self.rank, self.size)
         for message in (8 << 10, self.slot_bytes):
             vector = np.zeros(4 * message * self.size, dtype=np.uint8)
             out = np.empty_like(vector)
-            algorithm = lookup(Collective.ALL_REDUCE, "two_shot")
-            skeleton = lower(algorithm, self.rank, self.size)
             plan = bind(skeleton, cut(vector.size, self.size, 1), 1, slot_bytes=message, lanes=self.lanes)
             operation = Operation(NUMBERS["uint8"], OPERATORS["bor"], 1.0, message, f"calibration {message}")
             native = self.prepare(plan, operation).native
@@ -152,7 +150,7 @@ class ShmTransport(Transport):
                 times[streaming_from].append(time.perf_counter() - start)
             # The first round touches the memory.
             gain = np.array([np.median(times[NEVER][1:]) / np.median(times[0][1:])])
-            plan = bind(lower(algorithm, self.rank, self.size), cut(1, self.size, 8), 8, slot_bytes=self.slot_bytes)
+            plan = bind(skeleton, cut(1, self.size, 8), 8, slot_bytes=self.slot_bytes)
             operation = Operation(NUMBERS["float64"], OPERATORS["sum"], 1.0, 0, "calibration result")
             agreed = self.prepare(plan, operation).native
             self.native.run(agreed, gain.ctypes.data, gain.ctypes.data, CALIBRATION_TIMEOUT)

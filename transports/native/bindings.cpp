@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "copy.hpp"
 #include "dispatcher.hpp"
 #include "failure.hpp"
 #include "fold.hpp"
@@ -119,10 +118,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("scale", [](int32_t type, uintptr_t destination, uintptr_t source, double factor, size_t count) {
         py::gil_scoped_release release;
         scale(static_cast<Type>(type), mutable_pointer(destination), pointer(source), factor, count);
-    });
-    m.def("copy", [](uintptr_t destination, uintptr_t source, size_t bytes, bool streaming) {
-        py::gil_scoped_release release;
-        (streaming ? copy_streaming : copy)(mutable_pointer(destination), pointer(source), bytes);
     });
     m.def("type_name", [](int32_t type) { return name(static_cast<Type>(type)); });
     m.def("op_name", [](int32_t op) { return name(static_cast<Op>(op)); });

@@ -55,9 +55,10 @@ Outcome Execution::progress() {
         if (unfinished_ != 0 && lanes_[l].segment < plan_->parameters.segments && run(l)) moved = true;
     if (unfinished_ == 0) {
         // Whoever receives sees a foreign signature; whoever only sends would not notice.
-        if (!plan_->receives) std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
-        if (!plan_->receives)
+        if (!plan_->receives) {
+            std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
             for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
+        }
         if (adapts_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
         adapts_ = false;
         endpoint_.finish();
