@@ -187,9 +187,10 @@ def test_other_shapes_on_one_rank() -> None:
 
 
 def test_without_destroy(tmp_path: Path) -> None:
-    """A program that just ends, with a future and a message still open, ends well."""
+    """A program that just ends, with a future, a message and a thread's recv still open, ends well."""
     code = """
-import torch, torch.distributed as dist
+import threading
+import abccl, numpy as np, torch, torch.distributed as dist
 from abccl.collectives.torch.register import register
 register()
 dist.init_process_group("abccl")
@@ -198,7 +199,9 @@ dist.all_reduce(x, async_op=True).get_future().wait()
 if dist.get_rank() == 0:
     pending = dist.irecv(x, 1)
     future = pending.get_future()
-print("value", x[0].item())
+comm = abccl.init()
+threading.Thread(target=comm.recv, args=(np.ones(1), 1 - comm.rank), daemon=True).start()
+print(f"value {x[0].item()}\\n", end="")
 """
     (tmp_path / "program.py").write_text(code)
     done = torchrun(tmp_path / "program.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -17,6 +18,8 @@ from ...errors import AbcclError, DeadlineExceeded
 from .errors import torch_error
 
 _NO_TIMEOUT = timedelta(0)
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class GroupWork(dist.Work):
@@ -168,6 +171,7 @@ class Completion:
             self._queue.put(None)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            _threads.add(self._thread)
             self._thread.start()
 
     def is_here(self) -> bool:
@@ -195,3 +199,9 @@ class Completion:
             except BaseException as caught:  # a callback of the user: torch has logged it
                 del caught
             del item, work, source, error
+
+
+def join_completions() -> None:
+    """Wait for the threads that complete futures, once what they wait for has ended: torch must not see them killed."""
+    for thread in list(_threads):
+        thread.join(10.0)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import Communicator
-from .futures import Completion
+from .futures import Completion, join_completions
 
 # Without types: torch's stubs give most methods as overloads, and subclasses take them all in one signature.
 _ProcessGroup: Any = dist.ProcessGroup
@@ -148,3 +148,4 @@ def _shut_down_all() -> None:
     """A program may end without destroy_process_group; a thread in native code must not see the interpreter go."""
     for group in list(_open):
         group.shutdown()
+    join_completions()

@@ -7,6 +7,7 @@
 #include "dispatcher.hpp"
 #include "failure.hpp"
 #include "fold.hpp"
+#include "gil.hpp"
 
 namespace py = pybind11;
 using namespace abccl;
@@ -71,7 +72,7 @@ bool finishes_within(PendingWork& pending, py::object timeout) {
     const Deadline deadline = timeout.is_none() ? Deadline::max() : Clock::now() + seconds(timeout.cast<double>());
     bool finished;
     {
-        py::gil_scoped_release release;
+        WithoutGil released;
         finished = pending.work->wait(deadline);
     }
     if (!finished) return false;
@@ -103,7 +104,7 @@ PYBIND11_MODULE(_native, m) {
     py::register_exception_translator(translate);
     Endpoint::set_on_tick([] {
         if (!Py_IsInitialized()) return;
-        py::gil_scoped_acquire acquire;
+        WithGil acquired;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     });
 
@@ -111,12 +112,12 @@ PYBIND11_MODULE(_native, m) {
           [](int32_t type, int32_t op, uintptr_t destination, const std::vector<uintptr_t>& sources, size_t count) {
               std::vector<const void*> pointers;
               for (uintptr_t source : sources) pointers.push_back(pointer(source));
-              py::gil_scoped_release release;
+              WithoutGil released;
               fold(static_cast<Type>(type), static_cast<Op>(op), mutable_pointer(destination), pointers.data(),
                    static_cast<int>(pointers.size()), count);
           });
     m.def("scale", [](int32_t type, uintptr_t destination, uintptr_t source, double factor, size_t count) {
-        py::gil_scoped_release release;
+        WithoutGil released;
         scale(static_cast<Type>(type), mutable_pointer(destination), pointer(source), factor, count);
     });
     m.def("type_name", [](int32_t type) { return name(static_cast<Type>(type)); });
@@ -175,7 +176,7 @@ PYBIND11_MODULE(_native, m) {
                           uint64_t token) { c.endpoint.attach(peer, std::move(region), token); })
         .def("run",
              [](Communicator& c, std::shared_ptr<Plan> plan, uintptr_t input, uintptr_t output, double timeout) {
-                 py::gil_scoped_release release;
+                 WithoutGil released;
                  c.run(std::move(plan), pointer(input), mutable_pointer(output), seconds(timeout));
              })
         .def("start",
@@ -189,7 +190,7 @@ PYBIND11_MODULE(_native, m) {
                 py::object buffer, double timeout, bool asynchronous) {
                  std::shared_ptr<Work> work;
                  {
-                     py::gil_scoped_release release;
+                     WithoutGil released;
                      work = c->post_send(peer, tag, pointer(data), bytes, seconds(timeout));
                      if (asynchronous && !work->finished()) ProgressThread::submit(c);
                  }
@@ -201,7 +202,7 @@ PYBIND11_MODULE(_native, m) {
                  const int64_t wanted = tag.is_none() ? any_tag : tag.cast<int64_t>();
                  std::shared_ptr<Work> work;
                  {
-                     py::gil_scoped_release release;
+                     WithoutGil released;
                      work = c->post_receive(source, wanted, mutable_pointer(data), bytes, seconds(timeout));
                      if (asynchronous && !work->finished()) ProgressThread::submit(c);
                  }
@@ -209,16 +210,16 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("wait_message",
              [](Communicator& c, PendingWork& pending) {
-                 py::gil_scoped_release release;
+                 WithoutGil released;
                  c.wait_message(*pending.work);
              })
         .def("progress_messages",
              [](Communicator& c) {
-                 py::gil_scoped_release release;
+                 WithoutGil released;
                  c.progress_messages();
              })
         .def("abort", &Communicator::abort)
-        .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
+        .def("close", &Communicator::close, py::call_guard<WithoutGil>())
         .def("adapt", [](Communicator& c) { c.endpoint.adapt(); })
         .def("number_from_here", [](Communicator& c) { c.endpoint.number_from_here(); })
         .def("set_patience", [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "failure.hpp"
+#include "gil.hpp"
 
 namespace py = pybind11;
 
@@ -134,7 +135,7 @@ PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const 
         return py::cast(work).release().ptr();
     }
     {
-        py::gil_scoped_release release;
+        WithoutGil released;
         communicator_->run(plan, x.data, const_cast<uint8_t*>(out.data), timeout_);
     }
     Py_RETURN_NONE;
