@@ -9,16 +9,22 @@ output if it ends there, else in scratch. So the input is never written, and not
 
 The code of a skeleton is a sequence of instructions of int32:
 
-    SEND    tag, peers n, peer * n, parts k, operand * k     the parts as one message, to each of the peers
+    SEND    tag, lends, peers n, peer * n, parts k, operand * k   the parts as one message, to each of the peers
     RECV    tag, peer, parts k, block * k                    the next message from peer, into the next register
     FOLD    destination, sources k, operand * k              sources in ascending rank order, left to right
     COPY    destination, source
     SCALE   destination, source                              times the operation's factor
     RELEASE                                                  ends a step: all registers are given back
+    RECLAIM sends n, send * n                                waits until what these sends lent has been read
 
 An operand is four integers: place, block, index, part. INPUT and OUTPUT are the user's buffers; SCRATCH has
 `index` as its slot; MESSAGE is part number `part` of the message in register `index`. A tag is a checksum of
 the blocks' names: both ends of a message have the same, so a swapped message does not go unnoticed.
+
+Lending: a send whose `lends` is 1 names memory of the user that its step does not change, so an engine may let the
+receiver read it in place. RECLAIM names sends by their number in the code, from 0, and stands before what changes the
+memory that they lent; a run ends when all that was lent has been read. An engine that copies what it sends passes over
+it.
 
 Segments: segment s takes elements [s c, (s+1) c) of every block, c being small enough that the largest message
 of any rank fits one slot. Each segment runs the whole code on its part; messages with no bytes are sent in
@@ -54,6 +60,7 @@ class Instruction(IntEnum):
     COPY = 3
     SCALE = 4
     RELEASE = 5
+    RECLAIM = 6
 
 
 class Place(IntEnum):
@@ -120,6 +127,8 @@ class _Lowering:
         self.where: dict[Block, Operand] = {}
         self.last_use: dict[Block, int] = {}
         self.free: list[int] = []
+        self.lent: dict[Block, list[int]] = {}  # the sends that lent the block's present place
+        self.sends = 0
         self.scratch = 0
         self.registers = 0
 
@@ -140,6 +149,7 @@ class _Lowering:
             source = self._value(block, len(program))
             home: Operand = (Place.OUTPUT, self._number(block), 0, 0)
             if self.scaling is Scaling.AFTER:
+                self._reclaim([block])
                 self.code += (Instruction.SCALE, *home, *source)
             elif source != home:
                 self.code += (Instruction.COPY, *home, *source)
@@ -166,14 +176,22 @@ class _Lowering:
             batches = list(groups.items())
         else:
             batches = [(message.blocks, [message.peer]) for message in sends]
+        changed = {block for message in step if isinstance(message, Recv) for block in message.blocks}
         for blocks, readers in batches:
-            self.code += (Instruction.SEND, _tag(blocks), len(readers), *readers, len(blocks))
-            for block in blocks:
-                self.code += self._value(block, index)
+            values = [self._value(block, index) for block in blocks]
+            lends = bool(blocks) and changed.isdisjoint(blocks) and all(v[0] != Place.SCRATCH for v in values)
+            self.code += (Instruction.SEND, _tag(blocks), int(lends), len(readers), *readers, len(blocks))
+            for block, value in zip(blocks, values, strict=True):
+                self.code += value
+                if lends:
+                    self.lent.setdefault(block, []).append(self.sends)
+            self.sends += 1
 
     def _receives(self, index: int, step: Step) -> None:
         receives = [message for message in step if isinstance(message, Recv)]
         self.registers = max(self.registers, len(receives))
+        # Before the messages are taken, so that an engine may read them to where they belong.
+        self._reclaim([block for message in receives for block in message.blocks])
         folds: dict[Block, list[tuple[int, Operand]]] = {}
         copies: dict[Block, Operand] = {}
         for register, message in enumerate(receives):
@@ -214,6 +232,12 @@ class _Lowering:
         for source in sources:
             self.code += source
         self.where[block] = home
+
+    def _reclaim(self, blocks: Sequence[Block]) -> None:
+        """Let the coming change of these blocks wait for those who read them in place."""
+        sends = sorted({send for block in blocks if block in self.after for send in self.lent.pop(block, ())})
+        if sends:
+            self.code += (Instruction.RECLAIM, len(sends), *sends)
 
     def _forget(self, block: Block) -> None:
         place = self.where.get(block)

@@ -5,7 +5,8 @@ What is proved:
 - every rank ends with the blocks of the postcondition, with every wanted contribution exactly once;
 - on all ranks of an all_reduce a block is reduced by the same expression, so all get the same bits;
 - no deadlock (a) when a send waits for its receive, and (b) with room for two unread messages per ordered
-  pair of ranks, where a step does its sends in order, then its receives, and frees their room at its end;
+  pair of ranks, where a step does its sends in order, then its receives, and frees their room at its end, and (c)
+  like (b) where messages are read in place: what was sent is not changed before its readers' steps have ended;
 - every message is received, by a receive that names the same blocks;
 - each step keeps the vocabulary's rules, and the declared `largest` is right.
 
@@ -126,7 +127,8 @@ class _Run:
                 self._check_step(rank, number, step)
         self._check_largest()
         self._meet()
-        self._check_room()
+        self._check_room(in_place=False)
+        self._check_room(in_place=True)
         self._check_result()
         return Replay(
             self.algorithm,
@@ -320,41 +322,49 @@ class _Run:
 
     # All ranks together, with little room.
 
-    def _check_room(self) -> None:
-        """Run all programs once more as engines with ROOM slots per ordered pair do."""
+    def _check_room(self, in_place: bool) -> None:
+        """Run all programs once more as engines with ROOM slots per ordered pair do; messages read in place or not."""
         filled: Counter[tuple[int, int]] = Counter()
         taken: Counter[tuple[int, int]] = Counter()
         freed: Counter[tuple[int, int]] = Counter()
-        waiting: dict[tuple[int, int], int] = {}
-        at: dict[int, tuple[int, Message]] = {}
+        waiting: dict[tuple[int, int], list[int]] = {}
+        at: dict[int, tuple[int, str]] = {}
 
         def engine(rank: int) -> Iterator[tuple[int, int]]:
+            lent: dict[Block, list[tuple[int, int]]] = {}
             for number, step in enumerate(self.programs[rank]):
-                arrivals = []
+                arrivals = [m for m in step if isinstance(m, Recv)]
+                changed = [block for m in arrivals for block in m.blocks]
                 for m in step:
-                    if isinstance(m, Send):
-                        pair = (rank, m.peer)
-                        while filled[pair] - freed[pair] >= ROOM:
-                            at[rank] = (number, m)
-                            yield pair
-                        filled[pair] += 1
-                        wake(pair)
-                    else:
-                        arrivals.append(m)
+                    if isinstance(m, Recv):
+                        continue
+                    pair = (rank, m.peer)
+                    while filled[pair] - freed[pair] >= ROOM:
+                        at[rank] = (number, f"room: {_say(m)}")
+                        yield pair
+                    filled[pair] += 1
+                    wake(pair)
+                    # What its own step changes is never lent.
+                    if in_place and not set(m.blocks) & set(changed):
+                        for block in m.blocks:
+                            lent.setdefault(block, []).append((m.peer, filled[pair]))
+                for block in changed:
+                    for peer, message in lent.pop(block, ()):
+                        while freed[rank, peer] < message:
+                            at[rank] = (number, f"rank {peer} to have read block {block}, which it changes")
+                            yield rank, peer
                 for m in arrivals:
                     pair = (m.peer, rank)
                     while taken[pair] >= filled[pair]:
-                        at[rank] = (number, m)
+                        at[rank] = (number, f"a message: {_say(m)}")
                         yield pair
                     taken[pair] += 1
                 for m in arrivals:
                     freed[m.peer, rank] += 1
                     wake((m.peer, rank))
-            at.pop(rank, None)
 
         def wake(pair: tuple[int, int]) -> None:
-            if pair in waiting:
-                ready.append(waiting.pop(pair))
+            ready.extend(waiting.pop(pair, ()))
 
         engines = [engine(rank) for rank in range(self.size)]
         ready = deque(range(self.size))
@@ -362,15 +372,14 @@ class _Run:
             rank = ready.popleft()
             pair = next(engines[rank], None)
             if pair is not None:
-                waiting[pair] = rank
+                waiting.setdefault(pair, []).append(rank)
         if waiting:
             stuck = (
-                f"rank {rank} waits at step {at[rank][0] + 1} for {'room' if isinstance(m, Send) else 'a message'}: "
-                f"{_say(m)}"
-                for rank in sorted(waiting.values())
-                for m in (at[rank][1],)
+                f"rank {rank} waits at step {at[rank][0] + 1} for {at[rank][1]}"
+                for rank in sorted(rank for ranks in waiting.values() for rank in ranks)
             )
-            self.fail(f"deadlock with room for {ROOM} unread messages per pair: {_some(stuck)}")
+            how = " that are read in place" if in_place else ""
+            self.fail(f"deadlock with room for {ROOM} unread messages per pair{how}: {_some(stuck)}")
 
     # The end.
 

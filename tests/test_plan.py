@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abccl.algorithms import Algorithm, Block, Collective, Program, algorithms, at_least, per_rank, recv, send
+from abccl.algorithms import (
+    Algorithm,
+    Block,
+    Collective,
+    Program,
+    algorithms,
+    at_least,
+    lookup,
+    per_rank,
+    recv,
+    send,
+)
 from abccl.algorithms.plan import (
     ALIGNMENT,
     Instruction,
@@ -25,7 +36,7 @@ from abccl.algorithms.plan import (
 )
 from abccl.errors import ArgumentError, ScheduleError
 from abccl.transports import inproc
-from abccl.transports.portable import Receiving, Release, Sending, Writing, decode
+from abccl.transports.portable import Receiving, Reclaim, Release, Sending, Writing, decode
 from abccl.transports.trial import Case, Trial, can_be_in_place, pairs
 from abccl.transports.types import numpy_dtype
 
@@ -105,6 +116,8 @@ def _walk(algorithm: Algorithm, rank: int, size: int, root: int, scaling: Scalin
     results = set(collective.after(rank, size, blocks, root))
     holds: dict[tuple[int, int], int] = {}  # (place, slot) -> block; of OUTPUT every block is its own slot
     registers: list[Receiving] = []
+    lent: dict[int, set[int]] = {}  # block -> the sends that lent it and were not reclaimed
+    sends = 0
 
     def read(operand: tuple[int, int, int, int]) -> None:
         place, block, index, part = operand
@@ -123,6 +136,14 @@ def _walk(algorithm: Algorithm, rank: int, size: int, root: int, scaling: Scalin
                 assert rank not in instruction.peers
                 for part in instruction.parts:
                     read(part)
+                    if instruction.lends:
+                        assert part[0] in (Place.INPUT, Place.OUTPUT), "only the user's memory is lent"
+                        lent.setdefault(part[1], set()).add(sends)
+                sends += 1
+            case Reclaim():
+                assert not registers, "what is received may go straight to where it belongs"
+                for block in lent:
+                    lent[block] -= set(instruction.sends)
             case Receiving():
                 registers.append(instruction)
                 assert len(registers) <= skeleton.registers
@@ -138,6 +159,9 @@ def _walk(algorithm: Algorithm, rank: int, size: int, root: int, scaling: Scalin
                 assert place in (Place.OUTPUT, Place.SCRATCH), "only output and scratch are written"
                 if place == Place.OUTPUT:
                     assert skeleton.blocks[block] in results
+                    # In place the input's block lies there too; copying it onto itself changes nothing.
+                    onto_itself = instruction.kind is Instruction.COPY and instruction.sources[0][0] == Place.INPUT
+                    assert onto_itself or not lent.get(block), "what was lent is reclaimed before it changes"
                 else:
                     assert index < skeleton.scratch
                 holds[place, index if place == Place.SCRATCH else block] = block
@@ -203,6 +227,14 @@ def test_a_value_is_sent_as_it_stood_before_the_step() -> None:
     for room in (0, 2):
         for trial in run_together([case] * 4, room):
             trial.verify()
+
+
+def test_what_its_own_step_changes_is_not_lent() -> None:
+    doubling = lookup(Collective.ALL_REDUCE, "recursive_doubling")
+    assert not any(i.lends for i in decode(lower(doubling, 0, 4).code) if isinstance(i, Sending))
+    two_shot = decode(lower(lookup(Collective.ALL_REDUCE, "two_shot"), 0, 2).code)
+    assert [i.lends for i in two_shot if isinstance(i, Sending)] == [True, True]
+    assert [i.sends for i in two_shot if isinstance(i, Reclaim)] == [(0,)]
 
 
 def test_what_a_rank_does_not_hold_is_a_schedule_error() -> None:

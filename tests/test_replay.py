@@ -125,6 +125,18 @@ def test_deadlock_for_want_of_room_only() -> None:
     refused(a, 3, "room for 2 unread messages", "rank 0 waits at step 2 for room: send block 0 to rank 1")
 
 
+def test_deadlock_only_where_messages_are_read_in_place() -> None:
+    a = made(
+        Collective.ALL_REDUCE,
+        [send(1, 0), recv(1, 0), send(2, 0)],
+        [(send(0, 0), recv(0, 0, reduce=True), recv(2, 0, reduce=True))],
+        [recv(0, 0), send(1, 0)],
+    )
+    refused(
+        a, 3, "messages per pair that are read in place", "rank 0 waits at step 2 for rank 1 to have read block 0"
+    )
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [

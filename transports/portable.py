@@ -47,11 +47,12 @@ def kernels() -> Kernels:
 
 
 class Sending(NamedTuple):
-    """The parts as one message to each of the peers."""
+    """The parts as one message to each of the peers; `lends` if they may be read in place."""
 
     tag: int
     peers: tuple[int, ...]
     parts: tuple[Operand, ...]
+    lends: bool
 
 
 class Receiving(NamedTuple):
@@ -74,7 +75,13 @@ class Release(NamedTuple):
     """The end of a step."""
 
 
-Decoded = Sending | Receiving | Writing | Release
+class Reclaim(NamedTuple):
+    """Before a change of what the sends of these numbers named. Nothing to do for who sends copies."""
+
+    sends: tuple[int, ...]
+
+
+Decoded = Sending | Receiving | Writing | Release | Reclaim
 
 
 def decode(code: npt.NDArray[np.int32]) -> list[Decoded]:
@@ -92,8 +99,8 @@ def decode(code: npt.NDArray[np.int32]) -> list[Decoded]:
         kind = Instruction(number)
         match kind:
             case Instruction.SEND:
-                tag, peers = take(2)
-                program.append(Sending(tag, take(peers), operands(next(integers))))
+                tag, lends, peers = take(3)
+                program.append(Sending(tag, take(peers), operands(next(integers)), bool(lends)))
             case Instruction.RECV:
                 tag, peer, blocks = take(3)
                 program.append(Receiving(tag, peer, take(blocks)))
@@ -105,6 +112,8 @@ def decode(code: npt.NDArray[np.int32]) -> list[Decoded]:
                 program.append(Writing(kind, destination, (source,)))
             case Instruction.RELEASE:
                 program.append(Release())
+            case Instruction.RECLAIM:
+                program.append(Reclaim(take(next(integers))))
     return program
 
 
@@ -255,6 +264,8 @@ class _Lane:
                     case Release():
                         yield from self._all_arrived(number)
                         self.received = {}
+                    case Reclaim():
+                        pass
         while self._departing():
             yield
 

@@ -1,6 +1,7 @@
 // Channels, engine, mailbox and failures with ranks as threads, so that the sanitizers see both ends.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -83,14 +84,15 @@ PlanParameters ring(int32_t rank, int32_t size, int64_t count, int32_t lanes, in
     if (size == 1) p.code = {3, 1, 0, 0, 0, 0, 0, 0, 0};
     for (int32_t hop = 1; hop < size; ++hop) {
         const int32_t out = (rank - hop + 2 * size) % size, in = (rank - hop - 1 + 2 * size) % size;
-        p.code.insert(p.code.end(), {0, out, 1, right, 1, hop > 1, out, 0, 0});      // SEND
+        p.code.insert(p.code.end(), {0, out, 1, 1, right, 1, hop > 1, out, 0, 0});   // SEND
         p.code.insert(p.code.end(), {1, in, left, 1, in});                           // RECV
         p.code.insert(p.code.end(), {2, 1, in, 0, 0, 2, 0, in, 0, 0, 3, in, 0, 0});  // FOLD
         p.code.push_back(5);
     }
     for (int32_t hop = 0; hop < size - 1; ++hop) {
         const int32_t out = (rank - hop + size) % size, in = (rank - hop - 1 + 2 * size) % size;
-        p.code.insert(p.code.end(), {0, out, 1, right, 1, 1, out, 0, 0});
+        p.code.insert(p.code.end(), {0, out, 1, 1, right, 1, 1, out, 0, 0});
+        p.code.insert(p.code.end(), {6, 1, hop});  // RECLAIM what sent this block before
         p.code.insert(p.code.end(), {1, in, left, 1, in});
         p.code.insert(p.code.end(), {3, 1, in, 0, 0, 3, in, 0, 0});  // COPY
         p.code.push_back(5);
@@ -107,7 +109,7 @@ PlanParameters one_shot(int32_t rank, int32_t size, int64_t count, int32_t lanes
     std::vector<int32_t> peers;
     for (int32_t peer = 0; peer < size; ++peer)
         if (peer != rank) peers.push_back(peer);
-    p.code = {0, 5, size - 1};
+    p.code = {0, 5, 1, size - 1};
     p.code.insert(p.code.end(), peers.begin(), peers.end());
     p.code.insert(p.code.end(), {1, 0, 0, 0, 0});
     for (int32_t peer : peers) p.code.insert(p.code.end(), {1, 5, peer, 1, 0});
@@ -132,10 +134,35 @@ PlanParameters blank_plan() {
 
 using Maker = PlanParameters (*)(int32_t, int32_t, int64_t, int32_t, int64_t);
 
-void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lanes, bool streaming, bool queued) {
+struct Mode {
+    bool streaming, queued;
+    int way;  // of Way; -1 copies by `streaming`
+    bool registered, in_place;
+};
+
+constexpr Mode modes[] = {{false, false, -1, false, false}, {true, false, -1, false, false},
+                          {false, true, -1, false, true},   {false, false, 2, true, false},
+                          {false, false, 3, true, true},    {false, true, 2, false, false},
+                          {false, false, 3, false, true}};
+
+// Memory of the user's: registered or not, for 5 runs at once.
+struct Memory {
+    Memory(Communicator& c, bool registered, size_t count) : count(count), own(registered ? 0 : 6 * count) {
+        if (registered) heap = c.endpoint.heap(1 << 20);
+    }
+    float* operator[](size_t which) {
+        return (heap ? reinterpret_cast<float*>(heap->base()) : own.data()) + which * count;
+    }
+    size_t count;
+    std::vector<float> own;
+    std::shared_ptr<Region> heap;
+};
+
+void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lanes, const Mode& mode) {
     Ranks ranks = make(size, lanes, 256);
+    const size_t elements = static_cast<size_t>(count);
     std::vector<std::vector<float>> inputs(size);
-    std::vector<float> sum(static_cast<size_t>(count), 0.0f);
+    std::vector<float> sum(elements, 0.0f);
     std::mt19937 random(7);
     for (auto& input : inputs) {
         for (int64_t i = 0; i < count; ++i) input.push_back(static_cast<float>(random() % 1000));
@@ -143,23 +170,32 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
     }
     each(ranks, [&](uint32_t r) {
         Communicator& c = *ranks[r];
-        c.endpoint.set_streaming_from(streaming ? 49 : SIZE_MAX);
+        c.endpoint.set_streaming_from(mode.streaming ? 49 : SIZE_MAX);
+        c.endpoint.set_pull(true);
+        if (mode.way >= 0) c.endpoint.set_way(mode.way);
         auto plan = std::make_shared<Plan>(
             make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64),
             lanes, 256);
-        std::vector<std::vector<float>> outputs(5, std::vector<float>(static_cast<size_t>(count)));
+        Memory memory(c, mode.registered, elements);
+        float* input = memory[5];
+        std::copy(inputs[r].begin(), inputs[r].end(), input);
+        for (size_t run = 0; mode.in_place && run < 5; ++run) std::copy(input, input + elements, memory[run]);
         std::vector<std::shared_ptr<Work>> works;
-        for (auto& output : outputs) {
-            if (queued)
-                works.push_back(c.start(plan, inputs[r].data(), output.data(), patient));
+        for (size_t run = 0; run < 5; ++run) {
+            const float* from = mode.in_place ? memory[run] : input;
+            if (mode.queued)
+                works.push_back(c.start(plan, from, memory[run], patient));
             else
-                c.run(plan, inputs[r].data(), output.data(), patient);
+                c.run(plan, from, memory[run], patient);
         }
         for (auto& work : works) {
             expect(work->wait(Clock::now() + patient), "queued work ends");
             work->check();
         }
-        for (auto& output : outputs) expect(output == sum, "all_reduce gives the sum");
+        for (size_t run = 0; run < 5; ++run)
+            expect(std::equal(sum.begin(), sum.end(), memory[run]), "all_reduce gives the sum");
+        // Whoever ends must not take away what a peer still reads: a run ends when all have read.
+        std::fill(input, input + elements, -1.0f);
     });
 }
 
@@ -258,6 +294,8 @@ void test_broken_plans() {
             const Plan plan(p, 1, 256);
             if (i % 50 == 0) ranks = make(3, 1, 256);
             std::vector<float> in(100), out(100);
+            ranks[0]->endpoint.set_pull(true);
+            ranks[0]->endpoint.set_way(i % 4);
             Execution execution(ranks[0]->endpoint);
             execution.start(plan, in.data(), out.data());
             ++run;
@@ -277,9 +315,10 @@ int main() {
         for (uint32_t size : {1u, 2u, 3u, 4u})
             for (int64_t count : {0, 1, 100, 5001})
                 for (uint32_t lanes : {1u, 2u})
-                    for (int mode = 0; mode < 3; ++mode) {
-                        if (size == 1 && maker == Maker(one_shot)) continue;
-                        test_all_reduce(maker, size, count, lanes, mode == 1, mode == 2);
+                    for (const Mode& mode : modes) {
+                        // This one_shot lends what its step changes if that lies in place.
+                        if (maker == Maker(one_shot) && (size == 1 || (mode.in_place && mode.way >= 2))) continue;
+                        test_all_reduce(maker, size, count, lanes, mode);
                     }
     {
         Ranks ranks = make(1, 1, 256);

@@ -297,9 +297,10 @@ struct Guarded {
         if (size) std::memcpy(data, from, size);
     }
     bool intact() const {
-        for (const unsigned char& byte : store)
-            if ((&byte < data || &byte >= data + size) && byte != guard_byte) return false;
-        return true;
+        const auto untouched = [](const unsigned char* from, const unsigned char* to) {
+            return std::all_of(from, to, [](unsigned char byte) { return byte == guard_byte; });
+        };
+        return untouched(store.data(), data) && untouched(data + size, store.data() + store.size());
     }
     size_t size;
     Bytes store;

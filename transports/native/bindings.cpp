@@ -133,6 +133,9 @@ PYBIND11_MODULE(_native, m) {
         .def_static("attach", &Region::attach)
         .def_static("attach_named", &Region::attach_named)
         .def("unlink_name", &Region::unlink_name)
+        .def("forget", &Region::forget, py::arg("offset"), py::arg("bytes"),
+             "Give the pages of this range back: they read as zero when they are touched again.")
+        .def_property_readonly("address", [](const Region& r) { return reinterpret_cast<uintptr_t>(r.base()); })
         .def_property_readonly("fd", &Region::fd)
         .def_property_readonly("bytes", &Region::bytes);
 
@@ -222,6 +225,12 @@ PYBIND11_MODULE(_native, m) {
         .def("close", &Communicator::close, py::call_guard<WithoutGil>())
         .def("adapt", [](Communicator& c) { c.endpoint.adapt(); })
         .def("number_from_here", [](Communicator& c) { c.endpoint.number_from_here(); })
+        .def("can_read", [](Communicator& c, uint32_t peer, uint64_t address,
+                            uint64_t token) { return c.endpoint.can_read(peer, address, token); })
+        .def_property_readonly("address_of_token", [](Communicator& c) { return c.endpoint.address_of_token(); })
+        .def("set_pull", [](Communicator& c, bool pull) { c.endpoint.set_pull(pull); })
+        .def("set_way", [](Communicator& c, std::optional<int> way) { c.endpoint.set_way(way); })
+        .def("heap", [](Communicator& c, size_t bytes) { return c.endpoint.heap(bytes); })
         .def("set_patience", [](Communicator& c, int spins, int yields) { c.endpoint.set_patience({spins, yields}); })
         .def_property(
             "streaming_from", [](const Communicator& c) { return c.endpoint.streaming_from(); },

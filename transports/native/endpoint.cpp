@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -66,7 +67,8 @@ Endpoint::Endpoint(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own
       incoming_(geometry.size * geometry.channels()),
       multicast_(geometry.lanes * geometry.slots),
       multicast_next_(geometry.lanes, 0),
-      process_handles_(geometry.size, -1) {
+      process_handles_(geometry.size, -1),
+      heaps_(geometry.size) {
     if (own->bytes() != geometry.bytes()) throw Failure(Kind::transport, "the region's size is not the layout's");
     use_membarrier();
     regions_[rank] = std::move(own);
@@ -124,14 +126,35 @@ bool Endpoint::multicast_is_free(uint32_t lane) const {
     return true;
 }
 
-bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
-                        size_t span_count, size_t bytes, size_t streaming_from) {
+bool Endpoint::has_room(const uint32_t* peers, uint32_t n, uint32_t lane) {
     for (uint32_t i = 0; i < n; ++i) {
         Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
         if (out.next - out.seen_tail < geometry_.slots) continue;
         out.seen_tail = out.tail->load(std::memory_order_acquire);
         if (out.next - out.seen_tail >= geometry_.slots) return false;
     }
+    return true;
+}
+
+Descriptor& Endpoint::next_descriptor(uint32_t peer, uint32_t lane, uint32_t signature, size_t bytes, uint32_t where) {
+    Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
+    Descriptor& descriptor = out.ring[out.next % geometry_.slots];
+    descriptor.signature = signature;
+    descriptor.length = static_cast<uint32_t>(bytes);
+    descriptor.where = where;
+    return descriptor;
+}
+
+void Endpoint::publish(uint32_t peer, uint32_t lane) {
+    Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
+    Descriptor& descriptor = out.ring[out.next % geometry_.slots];
+    descriptor.sequence.store(++out.next, std::memory_order_release);
+    ring_if_sleeping(control(peer));
+}
+
+bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
+                        size_t span_count, size_t bytes, size_t streaming_from) {
+    if (!has_room(peers, n, lane)) return false;
     const bool is_inline = bytes <= inline_bytes;
     uint8_t* slot = nullptr;
     if (!is_inline && n == 1) {
@@ -153,23 +176,41 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
         ++multicast_next_[lane];
     }
     if (slot) write(slot, spans, span_count, bytes, streaming_from);
+    const uint32_t where =
+        is_inline ? inlined : static_cast<uint32_t>((slot - regions_[rank_]->base()) / static_cast<long>(cache_line));
     for (uint32_t i = 0; i < n; ++i) {
-        Outgoing& out = outgoing_[geometry_.channel(peers[i], lane)];
-        Descriptor& descriptor = out.ring[out.next % geometry_.slots];
-        descriptor.signature = signature;
-        descriptor.length = static_cast<uint32_t>(bytes);
-        if (is_inline) {
-            descriptor.where = inlined;
-            uint8_t* to = descriptor.payload;
-            for (size_t s = 0; s < span_count; ++s) {
-                if (spans[s].bytes) std::memcpy(to, spans[s].data, spans[s].bytes);
-                to += spans[s].bytes;
-            }
-        } else {
-            descriptor.where = static_cast<uint32_t>((slot - regions_[rank_]->base()) / cache_line);
+        uint8_t* to = next_descriptor(peers[i], lane, signature, bytes, where).payload;
+        for (size_t s = 0; is_inline && s < span_count; ++s) {
+            if (spans[s].bytes) std::memcpy(to, spans[s].data, spans[s].bytes);
+            to += spans[s].bytes;
         }
-        descriptor.sequence.store(++out.next, std::memory_order_release);
-        ring_if_sleeping(control(peers[i]));
+        publish(peers[i], lane);
+    }
+    return true;
+}
+
+bool Endpoint::can_lend(const Span* spans, size_t span_count) const {
+    if (span_count > lent_parts) return false;
+    for (size_t i = 0; i < span_count && !pulls_; ++i)
+        if (spans[i].bytes != 0 && !in_heap(spans[i].data)) return false;
+    return true;
+}
+
+bool Endpoint::try_lend(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
+                        size_t span_count, size_t bytes, uint32_t* numbers) {
+    if (!has_room(peers, n, lane)) return false;
+    bool registered = true;
+    for (size_t i = 0; i < span_count; ++i)
+        if (spans[i].bytes != 0) registered = registered && in_heap(spans[i].data);
+    const uint64_t origin = registered ? reinterpret_cast<uint64_t>(heap_->base()) : 0;
+    uint64_t parts[lent_parts] = {};
+    for (size_t i = 0; i < span_count; ++i)
+        if (spans[i].bytes != 0) parts[i] = reinterpret_cast<uint64_t>(spans[i].data) - origin;
+    for (uint32_t i = 0; i < n; ++i) {
+        Descriptor& descriptor = next_descriptor(peers[i], lane, signature, bytes, registered ? direct : pulled);
+        std::memcpy(descriptor.payload, parts, sizeof(parts));
+        publish(peers[i], lane);
+        numbers[i] = outgoing_[geometry_.channel(peers[i], lane)].next;
     }
     return true;
 }
@@ -185,6 +226,56 @@ const Descriptor* Endpoint::try_receive(uint32_t peer, uint32_t lane) {
 const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) const {
     if (descriptor.where == inlined) return descriptor.payload;
     return regions_[peer]->base() + static_cast<size_t>(descriptor.where) * cache_line;
+}
+
+const uint8_t* Endpoint::direct_part(uint32_t peer, const Descriptor& descriptor, size_t part, size_t bytes) {
+    if (!heaps_[peer]) {
+        const Control& theirs = control(peer);
+        heaps_[peer] = Region::attach(theirs.pid, theirs.heap_fd, theirs.heap_bytes.load(std::memory_order_acquire));
+    }
+    uint64_t offset;
+    std::memcpy(&offset, descriptor.payload + part * sizeof(offset), sizeof(offset));
+    const size_t available = heaps_[peer]->bytes();
+    if (offset > available || bytes > available - offset) mismatch(peer, " (a message lies outside registered memory)");
+    return heaps_[peer]->base() + offset;
+}
+
+void Endpoint::pull(uint32_t peer, const Descriptor& descriptor, const Span* spans, size_t span_count) {
+    iovec here[lent_parts], there[lent_parts];
+    size_t wanted = 0;
+    for (size_t i = 0; i < span_count; ++i) {
+        uint64_t address;
+        std::memcpy(&address, descriptor.payload + i * sizeof(address), sizeof(address));
+        here[i] = {const_cast<void*>(spans[i].data), spans[i].bytes};
+        there[i] = {reinterpret_cast<void*>(address), spans[i].bytes};
+        wanted += spans[i].bytes;
+    }
+    // One call reads up to 2 GB, and a message is far shorter; less than all means that the rest is not there.
+    const ssize_t got = process_vm_readv(control(peer).pid, here, span_count, there, span_count, 0);
+    if (got == static_cast<ssize_t>(wanted)) return;
+    const int error = errno;
+    check_abort();
+    if (got < 0 && error == ESRCH) lost(peer, text_ + " #" + shown(sequence_));
+    fail(static_cast<uint32_t>(Kind::transport),
+         "rank " + std::to_string(rank_) + " could not read " + std::to_string(wanted) + " bytes of rank " +
+             std::to_string(peer) + "'s memory" + (got < 0 ? std::string(": ") + std::strerror(error) : "") +
+             ": was a buffer freed while the call ran?");
+}
+
+std::shared_ptr<Region> Endpoint::heap(size_t bytes) {
+    if (!heap_) {
+        heap_ = Region::create(bytes);
+        control_->heap_fd = heap_->fd();
+        control_->heap_bytes.store(bytes, std::memory_order_release);
+        heap_base_.store(heap_->base(), std::memory_order_release);
+    }
+    return heap_;
+}
+
+bool Endpoint::can_read(uint32_t peer, uint64_t address_of_token, uint64_t token) const {
+    uint64_t found = 0;
+    iovec here{&found, sizeof(found)}, there{reinterpret_cast<void*>(address_of_token), sizeof(found)};
+    return process_vm_readv(control(peer).pid, &here, 1, &there, 1, 0) == sizeof(found) && found == token;
 }
 
 void Endpoint::release(uint32_t peer, uint32_t lane) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -71,11 +72,42 @@ class Endpoint {
     // `streaming_from` bytes or more go past the cache.
     bool try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
                   size_t span_count, size_t bytes, size_t streaming_from);
+    // Offers the spans as one message that each of the peers reads where they lie, or offers nothing: false if there is
+    // no room. They must not change before `has_read` says so of each peer, whose message gets numbers[i].
+    bool try_lend(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
+                  size_t span_count, size_t bytes, uint32_t* numbers);
+    // Whether these spans can be lent: few enough, and all registered, or peers can pull.
+    bool can_lend(const Span* spans, size_t span_count) const;
+    bool has_read(uint32_t peer, uint32_t lane, uint32_t number) const {
+        const Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
+        return static_cast<int32_t>(out.tail->load(std::memory_order_acquire) - number) >= 0;
+    }
     // The next message from the peer, or null. Its bytes stay valid until `release` of its channel.
     const Descriptor* try_receive(uint32_t peer, uint32_t lane);
+    // Where its bytes lie, if not lent.
     const uint8_t* payload(uint32_t peer, const Descriptor& descriptor) const;
+    // Where part number `part` of a message of the peer's heap lies.
+    const uint8_t* direct_part(uint32_t peer, const Descriptor& descriptor, size_t part, size_t bytes);
+    // Copies the parts of a message in the peer's private memory to where the spans say.
+    void pull(uint32_t peer, const Descriptor& descriptor, const Span* spans, size_t span_count);
     // Gives back all messages received so far on the channel.
     void release(uint32_t peer, uint32_t lane);
+
+    // ---- Memory of the user's that peers can read.
+
+    // The registered memory of this rank, made at the first call: `bytes` of address space, touched only when used.
+    // Peers map it when they first read from it.
+    std::shared_ptr<Region> heap(size_t bytes);
+    bool in_heap(const void* address) const {
+        const uint8_t* base = heap_base_.load(std::memory_order_acquire);
+        return base && address >= base && address < base + heap_->bytes();
+    }
+    // Whether this process may read the memory of the peer's: tried on its token.
+    bool can_read(uint32_t peer, uint64_t address_of_token, uint64_t token) const;
+    uint64_t address_of_token() const { return reinterpret_cast<uint64_t>(&control_->token); }
+    // Lets ordinary memory be lent. To be set on all ranks or none, if all can read all others' memory.
+    void set_pull(bool pull) { pulls_ = pull; }
+    bool pulls() const { return pulls_; }
 
     // ---- Collectives as seen by peers.
 
@@ -126,6 +158,9 @@ class Endpoint {
     // Lets plans find out by themselves from here on.
     void adapt() { adapts_ = true; }
     bool adapts() const { return adapts_; }
+    // One way for all plans, by its number in `Way`; none lets each plan decide. Lends only what can be lent.
+    void set_way(std::optional<int> way) { way_ = way; }
+    std::optional<int> way() const { return way_; }
 
     // To be called at every tick of a caller's wait, without locks held; may throw. (Python checks for signals here.)
     static void set_on_tick(std::function<void()> on_tick);
@@ -146,6 +181,9 @@ class Endpoint {
     };
 
   private:
+    bool has_room(const uint32_t* peers, uint32_t n, uint32_t lane);
+    Descriptor& next_descriptor(uint32_t peer, uint32_t lane, uint32_t signature, size_t bytes, uint32_t where);
+    void publish(uint32_t peer, uint32_t lane);
     [[noreturn]] void throw_abort() const;
     [[noreturn]] void refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs);
     void ring_if_sleeping(Control& control) {
@@ -166,6 +204,10 @@ class Endpoint {
     std::vector<MulticastSlot> multicast_;
     std::vector<uint32_t> multicast_next_;
     std::vector<int> process_handles_;  // pidfds
+    std::shared_ptr<Region> heap_;
+    std::atomic<const uint8_t*> heap_base_{nullptr};
+    std::vector<std::shared_ptr<Region>> heaps_;  // of the peers
+    bool pulls_ = false;
     uint64_t sequence_ = 0;
     uint64_t before_users_ = 0;
     uint32_t signature_ = 0;
@@ -173,6 +215,7 @@ class Endpoint {
     Patience patience_{2000, 2000};
     size_t streaming_from_ = 4096;
     bool adapts_ = false;
+    std::optional<int> way_;
 };
 
 }  // namespace abccl

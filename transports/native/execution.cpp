@@ -1,13 +1,18 @@
 #include "execution.hpp"
 
+#include <algorithm>
+
 #include "copy.hpp"
 #include "fold.hpp"
 
 namespace abccl {
 namespace {
 
-// Shorter messages are not worth two looks at the clock.
+// Shorter messages are not worth two looks at the clock, nor a wait for their readers.
 constexpr size_t adaptive_from = 8192;
+
+// Of a fold past the cache: the sum is made in the first-level cache, and goes to memory from there.
+constexpr size_t tile_bytes = 8192;
 
 }  // namespace
 
@@ -17,12 +22,23 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     output_ = static_cast<uint8_t*>(output);
     const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text);
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
-    streaming_from_ = endpoint_.streaming_from();
+    const size_t from = endpoint_.streaming_from();
+    const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
+    lend_from_ = endpoint_.way() ? inline_bytes + 1 : adaptive_from;
+    const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
     adapts_ = endpoint_.adapts() && plan.longest_message >= adaptive_from;
+    way_ = {can_lend && registered, plan.longest_message >= from};
+    streaming_from_ = from;
     if (adapts_) {
-        streaming_from_ = plan.protocol.next(plan.longest_message >= streaming_from_) ? adaptive_from / 2 : SIZE_MAX;
+        way_ = plan.protocol.next(way_, can_lend);
         started_ = Clock::now();
     }
+    if (endpoint_.way()) {
+        way_ = Way::of(*endpoint_.way());
+        way_.lent = way_.lent && can_lend;
+    }
+    if (adapts_ || endpoint_.way())
+        streaming_from_ = way_.streaming ? std::min(lend_from_, adaptive_from / 2) : SIZE_MAX;
     const size_t needed = plan.scratch_bytes() + cache_line;
     if (needed > scratch_bytes_) {
         scratch_.reset(new uint8_t[needed]);
@@ -40,8 +56,10 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         lane.row = 0;
         lane.filled = 0;
         lane.scratch = aligned + lane_bytes * l;
-        lane.registers.resize(static_cast<size_t>(plan.parameters.registers));
-        lane.offsets.resize(static_cast<size_t>(plan.parameters.registers) * plan.max_parts);
+        const size_t registers = static_cast<size_t>(plan.parameters.registers);
+        if (lane.registers.size() < registers) lane.registers.resize(registers);
+        lane.parts.resize(registers * plan.max_parts);
+        if (way_.lent) lane.lent.assign(plan.peers.size(), 0);
         if (l < plan.parameters.segments && !plan.rows.empty()) ++unfinished_;
     }
     spans_.resize(plan.max_parts);
@@ -75,9 +93,12 @@ bool Execution::run(uint32_t lane_index) {
     bool moved = false;
     for (;; ++lane.row, moved = true) {
         if (lane.row == count) {
+            const bool last = lane.segment + plan.parameters.lanes >= plan.parameters.segments;
+            // The user's memory is the user's again when all have read it.
+            if (last && way_.lent && unread(lane_index, lane)) return moved;
             lane.row = 0;
             lane.segment += plan.parameters.lanes;
-            if (lane.segment >= plan.parameters.segments) {
+            if (last) {
                 --unfinished_;
                 return true;
             }
@@ -92,17 +113,13 @@ bool Execution::run(uint32_t lane_index) {
                 break;
             case Instruction::fold: {
                 const int64_t elements = plan.elements(row.destination.block, lane.segment);
-                if (elements == 0) break;
-                for (uint32_t i = 0; i < row.count; ++i) sources_[i] = address(plan.operands[row.first + i], lane);
-                fold(plan.parameters.type, plan.parameters.op, address(row.destination, lane), sources_.data(),
-                     static_cast<int>(row.count), static_cast<size_t>(elements));
+                if (elements != 0) fold(row, lane, static_cast<size_t>(elements));
                 break;
             }
             case Instruction::copy: {
                 const int64_t elements = plan.elements(row.destination.block, lane.segment);
-                uint8_t* to = address(row.destination, lane);
                 const uint8_t* from = address(plan.operands[row.first], lane);
-                if (elements != 0 && to != from) abccl::copy(to, from, static_cast<size_t>(elements) * plan.itemsize);
+                write(row.destination, lane, static_cast<size_t>(elements) * plan.itemsize, from);
                 break;
             }
             case Instruction::scale: {
@@ -115,6 +132,9 @@ bool Execution::run(uint32_t lane_index) {
             case Instruction::release:
                 release(lane_index, lane);
                 break;
+            case Instruction::reclaim:
+                if (way_.lent && unread(lane_index, lane)) return moved;
+                break;
         }
     }
 }
@@ -125,7 +145,37 @@ size_t Execution::message_elements(const Row& row, int64_t segment) const {
     return static_cast<size_t>(elements);
 }
 
-bool Execution::send(const Row& row, uint32_t lane_index, const Lane& lane) {
+void Execution::write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from) {
+    uint8_t* to = address(destination, lane);
+    if (bytes == 0 || to == from) return;
+    // A staged message has been written past the cache already, and what is read next is its copy.
+    if (way_.lent && way_.streaming && destination.place == Place::output)
+        copy_streaming(to, from, bytes);
+    else
+        abccl::copy(to, from, bytes);
+}
+
+void Execution::fold(const Row& row, const Lane& lane, size_t elements) {
+    const PlanParameters& parameters = plan_->parameters;
+    const int sources = static_cast<int>(row.count);
+    for (uint32_t i = 0; i < row.count; ++i) sources_[i] = address(plan_->operands[row.first + i], lane);
+    const bool past_the_cache = way_.lent && way_.streaming && row.destination.place == Place::output;
+    uint8_t* to = address(row.destination, lane);
+    if (!past_the_cache) {
+        abccl::fold(parameters.type, parameters.op, to, sources_.data(), sources, elements);
+        return;
+    }
+    alignas(cache_line) uint8_t tile[tile_bytes];
+    const size_t most = tile_bytes / plan_->itemsize;
+    for (size_t done = 0; done < elements; done += most) {
+        const size_t now = std::min(most, elements - done), bytes = now * plan_->itemsize;
+        abccl::fold(parameters.type, parameters.op, tile, sources_.data(), sources, now);
+        copy_streaming(to + done * plan_->itemsize, tile, bytes);
+        for (uint32_t i = 0; i < row.count; ++i) sources_[i] = static_cast<const uint8_t*>(sources_[i]) + bytes;
+    }
+}
+
+bool Execution::send(const Row& row, uint32_t lane_index, Lane& lane) {
     const Plan& plan = *plan_;
     size_t bytes = 0;
     for (uint32_t i = 0; i < row.count; ++i) {
@@ -135,6 +185,14 @@ bool Execution::send(const Row& row, uint32_t lane_index, const Lane& lane) {
         bytes += part_bytes;
     }
     if (bytes == 0 && lane.segment > 0) return true;
+    if (way_.lent && row.lends && bytes >= lend_from_ && endpoint_.can_lend(spans_.data(), row.count)) {
+        numbers_.resize(row.readers);
+        if (!endpoint_.try_lend(&plan.peers[row.peers], row.readers, lane_index, signature(row, lane.segment),
+                                spans_.data(), row.count, bytes, numbers_.data()))
+            return false;
+        for (uint32_t i = 0; i < row.readers; ++i) lane.lent[row.peers + i] = is_lent | numbers_[i];
+        return true;
+    }
     return endpoint_.try_send(&plan.peers[row.peers], row.readers, lane_index, signature(row, lane.segment),
                               spans_.data(), row.count, bytes, streaming_from_);
 }
@@ -145,30 +203,70 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     const size_t bytes = message_elements(row, lane.segment) * plan.itemsize;
     Register& reg = lane.registers[static_cast<size_t>(row.reg)];
     reg.peer = peer;
-    reg.data = nullptr;
     reg.first = static_cast<uint32_t>(static_cast<size_t>(row.reg) * plan.max_parts);
-    if (bytes != 0 || lane.segment == 0) {
-        const Descriptor* descriptor = endpoint_.try_receive(peer, lane_index);
+    reg.holds = bytes != 0 || lane.segment == 0;
+    const Descriptor* descriptor = nullptr;
+    const uint8_t* data = nullptr;
+    if (reg.holds) {
+        descriptor = endpoint_.try_receive(peer, lane_index);
         if (!descriptor) return false;
         if (descriptor->signature != signature(row, lane.segment))
             endpoint_.mismatch(peer, " (a message has the wrong signature)");
         if (descriptor->length != bytes)
             endpoint_.mismatch(peer, " (a message of " + std::to_string(descriptor->length) + " bytes came where " +
                                          std::to_string(bytes) + " were expected)");
-        reg.data = endpoint_.payload(peer, *descriptor);
+        if (descriptor->where == pulled)
+            data = row.straight ? nullptr : landing(reg, bytes);
+        else if (descriptor->where != direct)
+            data = endpoint_.payload(peer, *descriptor);
     }
-    size_t offset = 0;
     for (uint32_t i = 0; i < row.count; ++i) {
-        lane.offsets[reg.first + i] = offset;
-        offset += static_cast<size_t>(plan.elements(plan.operands[row.first + i].block, lane.segment));
+        const int32_t block = plan.operands[row.first + i].block;
+        const size_t part_bytes = static_cast<size_t>(plan.elements(block, lane.segment)) * plan.itemsize;
+        const uint8_t*& part = lane.parts[reg.first + i];
+        part = data;
+        if (data)
+            data += part_bytes;
+        else if (descriptor && descriptor->where == direct)
+            part = endpoint_.direct_part(peer, *descriptor, i, part_bytes);
+        else if (descriptor)
+            part = address({Place::output, block, 0, 0}, lane);
+        spans_[i] = {part, part_bytes};
     }
+    if (descriptor && descriptor->where == pulled) endpoint_.pull(peer, *descriptor, spans_.data(), row.count);
     lane.filled = static_cast<size_t>(row.reg) + 1;
     return true;
 }
 
+uint8_t* Execution::landing(Register& reg, size_t bytes) {
+    if (reg.landing_bytes < bytes + cache_line) {
+        reg.landing.reset(new uint8_t[bytes + cache_line]);
+        reg.landing_bytes = bytes + cache_line;
+    }
+    const size_t start = reinterpret_cast<size_t>(reg.landing.get());
+    return reg.landing.get() + (Geometry::round_up(start, cache_line) - start);
+}
+
+std::optional<Execution::Unread> Execution::unread(uint32_t lane_index, const Lane& lane) const {
+    const auto of = [&](size_t row) -> std::optional<Unread> {
+        const Row& send = plan_->rows[row];
+        for (uint32_t i = send.peers; send.lends && i < send.peers + send.readers; ++i) {
+            const uint32_t peer = plan_->peers[i];
+            if (lane.lent[i] != 0 && !endpoint_.has_read(peer, lane_index, static_cast<uint32_t>(lane.lent[i])))
+                return Unread{row, peer};
+        }
+        return std::nullopt;
+    };
+    const bool at_end = lane.row == plan_->rows.size();
+    const size_t count = at_end ? plan_->rows.size() : plan_->rows[lane.row].count;
+    for (size_t i = 0; i < count; ++i)
+        if (auto found = of(at_end ? i : plan_->reclaims[plan_->rows[lane.row].first + i])) return found;
+    return std::nullopt;
+}
+
 void Execution::release(uint32_t lane_index, Lane& lane) {
     for (size_t r = 0; r < lane.filled; ++r)
-        if (lane.registers[r].data) endpoint_.release(lane.registers[r].peer, lane_index);
+        if (lane.registers[r].holds) endpoint_.release(lane.registers[r].peer, lane_index);
     lane.filled = 0;
 }
 
@@ -189,8 +287,7 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
             break;
     }
     const Register& reg = lane.registers[static_cast<size_t>(operand.index)];
-    return const_cast<uint8_t*>(reg.data) +
-           lane.offsets[reg.first + static_cast<uint32_t>(operand.part)] * plan.itemsize;
+    return const_cast<uint8_t*>(lane.parts[reg.first + static_cast<uint32_t>(operand.part)]);
 }
 
 std::string Execution::blame() const {
@@ -200,13 +297,23 @@ std::string Execution::blame() const {
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
         if (lane.segment >= plan.parameters.segments) continue;
-        const Row& row = plan.rows[lane.row];
-        const bool sending = row.instruction == Instruction::send;
-        const uint32_t peer = plan.peers[row.peers];
-        std::string text = self + " waits at step " + std::to_string(plan.step_of(lane.row) + 1) +
-                           (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
-                           (sending ? " to rank " : " from rank ") + std::to_string(peer) + ", " +
-                           endpoint_.status(peer);
+        std::string text = self + " waits ";
+        uint32_t peer;
+        if (lane.row == plan.rows.size() || plan.rows[lane.row].instruction == Instruction::reclaim) {
+            const auto found = unread(l, lane);
+            if (!found) continue;  // it has just been read
+            peer = found->peer;
+            text += "for rank " + std::to_string(peer) + " to read block " + plan.blocks_of(found->row) + " of step " +
+                    std::to_string(plan.step_of(found->row) + 1);
+        } else {
+            const Row& row = plan.rows[lane.row];
+            const bool sending = row.instruction == Instruction::send;
+            peer = plan.peers[row.peers];
+            text += "at step " + std::to_string(plan.step_of(lane.row) + 1) +
+                    (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
+                    (sending ? " to rank " : " from rank ") + std::to_string(peer);
+        }
+        text += ", " + endpoint_.status(peer);
         // Whom it waits for may itself wait for a rank that has not come.
         for (uint32_t other = 0; other < endpoint_.geometry().size; ++other)
             if (other != peer && other != endpoint_.rank() && !endpoint_.entered(other))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,23 +25,37 @@ class Execution {
 
   private:
     struct Register {
-        const uint8_t* data;
+        bool holds;  // a message, to be given back
         uint32_t peer;
-        uint32_t first;  // of the message's parts in `offsets`
+        uint32_t first;                      // of the message's parts in `parts`
+        std::unique_ptr<uint8_t[]> landing;  // of what is pulled
+        size_t landing_bytes = 0;
     };
     struct Lane {
         int64_t segment;
         size_t row;
         uint8_t* scratch;
         std::vector<Register> registers;
-        std::vector<size_t> offsets;  // in elements, of each part of each register's message
-        size_t filled;                // registers in use
+        std::vector<const uint8_t*> parts;  // where each part of each register's message lies
+        size_t filled;                      // registers in use
+        std::vector<uint64_t> lent;  // beside the plan's peers: number of the last message lent to each, plus `is_lent`
     };
+    static constexpr uint64_t is_lent = uint64_t{1} << 32;
 
     bool run(uint32_t lane_index);
-    bool send(const Row& row, uint32_t lane_index, const Lane& lane);
+    bool send(const Row& row, uint32_t lane_index, Lane& lane);
     bool receive(const Row& row, uint32_t lane_index, Lane& lane);
     void release(uint32_t lane_index, Lane& lane);
+    struct Unread {
+        size_t row;  // of the send
+        uint32_t peer;
+    };
+    // A message that was lent and that its reader has not given back: of those that the lane's row reclaims, or of all
+    // if the lane is at the end.
+    std::optional<Unread> unread(uint32_t lane_index, const Lane& lane) const;
+    uint8_t* landing(Register& reg, size_t bytes);
+    void write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from);
+    void fold(const Row& row, const Lane& lane, size_t elements);
     uint8_t* address(const Operand& operand, const Lane& lane) const;
     size_t message_elements(const Row& row, int64_t segment) const;
     uint32_t signature(const Row& row, int64_t segment) const {
@@ -54,11 +69,13 @@ class Execution {
     uint32_t base_signature_ = 0;
     uint32_t unfinished_ = 0;
     bool adapts_ = false;  // the plan learns from this run
-    size_t streaming_from_ = 0;
+    Way way_{};
+    size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;
     std::vector<Lane> lanes_;
     std::vector<Span> spans_;
     std::vector<const void*> sources_;
+    std::vector<uint32_t> numbers_;  // of the messages just lent
     std::unique_ptr<uint8_t[]> scratch_;
     size_t scratch_bytes_ = 0;
 };

@@ -17,12 +17,15 @@ struct alignas(cache_line) Descriptor {
     std::atomic<uint32_t> sequence;  // number of the message on its channel, from 1
     uint32_t signature;
     uint32_t length;
-    uint32_t where;  // offset in the sender's arena in units of a cache line, or `inlined`
+    uint32_t where;  // offset in the sender's region in units of a cache line, or one of the below
     uint8_t payload[inline_bytes];
 };
 static_assert(sizeof(Descriptor) == cache_line, "a descriptor is one cache line");
 
-constexpr uint32_t inlined = 0xFFFFFFFF;
+constexpr uint32_t inlined = 0xFFFFFFFF;  // in the payload
+constexpr uint32_t direct = 0xFFFFFFFE;   // in the sender's heap, each part at an offset that the payload tells
+constexpr uint32_t pulled = 0xFFFFFFFD;   // in the sender's private memory, each part at an address
+constexpr size_t lent_parts = inline_bytes / sizeof(uint64_t);
 
 // How many messages of a channel its reader has given back. It lies in the reader's region: the writer is local.
 struct alignas(cache_line) Tail {
@@ -48,6 +51,8 @@ struct Control {
     alignas(cache_line) std::atomic<uint64_t> entered;
     std::atomic<uint64_t> finished;
     std::atomic<uint32_t> closed;
+    std::atomic<uint64_t> heap_bytes;  // of the rank's registered memory; 0 before there is any
+    int32_t heap_fd;
     char reason[2048];  // of this rank's own abort; written before any abort word that points to it
     Record records[history];
 };

@@ -21,6 +21,9 @@ class Parser {
             switch (row.instruction) {
                 case Instruction::send:
                     row.tag = static_cast<uint32_t>(next());
+                    row.lends = next() != 0;
+                    plan_.lends |= row.lends;
+                    sends_.push_back(static_cast<uint32_t>(plan_.rows.size()));
                     row.readers = count(1, static_cast<uint32_t>(plan_.parameters.size));
                     row.peers = static_cast<uint32_t>(plan_.peers.size());
                     for (uint32_t i = 0; i < row.readers; ++i) peer();
@@ -55,17 +58,54 @@ class Parser {
                     registers_.clear();
                     parts_.clear();
                     break;
+                case Instruction::reclaim:
+                    row.first = static_cast<uint32_t>(plan_.reclaims.size());
+                    row.count = count(1, remaining());
+                    for (uint32_t i = 0; i < row.count; ++i) {
+                        const int32_t number = next();
+                        if (number < 0 || static_cast<size_t>(number) >= sends_.size())
+                            refuse("it reclaims what no send has lent");
+                        plan_.reclaims.push_back(sends_[static_cast<size_t>(number)]);
+                    }
+                    break;
                 default:
                     refuse("unknown instruction " + std::to_string(static_cast<int>(row.instruction)));
             }
             if (row.instruction >= Instruction::fold && row.instruction <= Instruction::scale) check_writes(row);
-            plan_.max_parts = std::max<size_t>(plan_.max_parts, row.count);
+            if (row.instruction != Instruction::reclaim) plan_.max_parts = std::max<size_t>(plan_.max_parts, row.count);
             plan_.rows.push_back(row);
         }
         if (!registers_.empty()) refuse("the last step does not give its messages back");
+        find_straight();
     }
 
   private:
+    // A message whose every part is copied to the output may be read to there at once. Rows of one step follow each
+    // other: receives, then writes, then the release.
+    void find_straight() {
+        for (size_t r = 0; r < plan_.rows.size(); ++r) {
+            Row& row = plan_.rows[r];
+            if (row.instruction != Instruction::recv) continue;
+            std::vector<int> copies(row.count, 0);
+            bool only_copies = true;
+            for (size_t w = r + 1; plan_.rows[w].instruction != Instruction::release; ++w) {
+                const Row& write = plan_.rows[w];
+                if (write.instruction == Instruction::recv) continue;
+                if (write.instruction == Instruction::reclaim || write.instruction == Instruction::send)
+                    only_copies = false;
+                else
+                    for (uint32_t i = 0; i < write.count; ++i) {
+                        const Operand& source = plan_.operands[write.first + i];
+                        if (source.place != Place::message || source.index != row.reg) continue;
+                        if (write.instruction == Instruction::copy && write.destination.place == Place::output)
+                            ++copies[static_cast<size_t>(source.part)];
+                        else
+                            only_copies = false;
+                    }
+            }
+            row.straight = only_copies && std::count(copies.begin(), copies.end(), 1) == static_cast<long>(row.count);
+        }
+    }
     int32_t next() {
         if (at_ >= code_.size()) refuse("it ends within an instruction");
         return code_[at_++];
@@ -142,6 +182,7 @@ class Parser {
     Plan& plan_;
     const std::vector<int32_t>& code_;
     size_t at_ = 0;
+    std::vector<uint32_t> sends_;      // their rows
     std::vector<uint32_t> registers_;  // first operand of the message in each register
     std::vector<uint32_t> parts_;
 };

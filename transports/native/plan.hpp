@@ -9,7 +9,7 @@
 
 namespace abccl {
 
-enum class Instruction : int32_t { send, recv, fold, copy, scale, release };
+enum class Instruction : int32_t { send, recv, fold, copy, scale, release, reclaim };
 enum class Place : int32_t { input, output, scratch, message };
 
 struct Operand {
@@ -22,9 +22,12 @@ struct Operand {
 struct Row {
     Instruction instruction;
     uint32_t tag;             // send, recv
-    uint32_t first, count;    // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources)
+    uint32_t first, count;    // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources), or
+                              // reclaim: of `reclaims`
     uint32_t peers, readers;  // send: first of its peers, and how many; recv: the peer, and 1
     int32_t reg;              // recv: the register that it fills
+    bool lends;               // send: its parts may be read where they lie
+    bool straight;            // recv: its parts are copied to the output before anything else happens to them
     Operand destination;      // fold, copy, scale
 };
 
@@ -48,28 +51,41 @@ struct PlanParameters {
     std::vector<std::string> names;  // of blocks
 };
 
-// Whether to send past the cache, decided by how long the plan's runs took. Which is faster depends on what the ranks'
-// cores share, and a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. So every 64th run
-// tries the other way. All ranks make the same runs, so they try together; they need not agree.
+// How a plan's longer messages travel: a choice of each rank for each run.
+struct Way {
+    bool lent;       // read where they lie, if both ends can; else copied into the sender's arena
+    bool streaming;  // what is written for the peer to read goes past the cache
+    int number() const { return lent * 2 + streaming; }
+    static Way of(int number) { return {number >= 2, number % 2 == 1}; }
+};
+
+// Decides on the way by how long the plan's runs took. Which is the fastest depends on what the ranks' cores share, and
+// a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. So all are tried at first, and one
+// of the others every 64th run. All ranks make the same runs, so they try together; they need not agree.
 class Protocol {
   public:
-    bool next(bool at_first) {
-        if (runs_ == 0) streaming_ = at_first;
-        trying_ = runs_ % 64 == 3 || runs_ == 4;
-        return streaming_ != trying_;
+    Way next(Way at_first, bool can_lend) {
+        const int ways = can_lend ? 4 : 2;
+        if (runs_ == 0 || way_ >= ways) way_ = at_first.number();
+        // The other ways are this one's number with some of its two bits changed.
+        const uint32_t others = static_cast<uint32_t>(ways) - 1;
+        uint32_t other = 0;
+        if (runs_ >= 2 && runs_ < 2 + others) other = runs_ - 1;
+        if (runs_ % 64 == 63) other = 1 + runs_ / 64 % others;
+        tried_ = way_ ^ static_cast<int>(other);
+        return Way::of(tried_);
     }
     void took(double seconds) {
-        double& cost = cost_[streaming_ != trying_];
+        double& cost = cost_[tried_];
         // The first run touches the memory. One sample that was descheduled should not decide.
         if (runs_++ > 0) cost = cost == 0 ? seconds : 0.5 * cost + 0.5 * (seconds < 2 * cost ? seconds : 2 * cost);
-        const double here = cost_[streaming_], other = cost_[!streaming_];
-        if (other != 0 && other < 0.85 * here) streaming_ = !streaming_;
+        if (cost != 0 && cost < 0.85 * cost_[way_]) way_ = tried_;
     }
 
   private:
     uint32_t runs_ = 0;
-    bool streaming_ = false, trying_ = false;
-    double cost_[2] = {0, 0};
+    int way_ = 0, tried_ = 0;
+    double cost_[4] = {0, 0, 0, 0};
 };
 
 class Plan {
@@ -94,9 +110,11 @@ class Plan {
     std::vector<Row> rows;
     std::vector<Operand> operands;
     std::vector<uint32_t> peers;
+    std::vector<uint32_t> reclaims;  // rows of sends
     std::vector<Extent> extents;
     size_t max_parts = 1;
     bool receives = false;
+    bool lends = false;          // some send may be read in place
     size_t longest_message = 0;  // bytes
     mutable Protocol protocol;   // a plan runs once at a time
 };

@@ -63,6 +63,10 @@ void Region::unlink_name() {
     name_.clear();
 }
 
+void Region::forget(size_t offset, size_t bytes) {
+    fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+}
+
 std::shared_ptr<Region> Region::create(size_t bytes) {
     int fd = memfd_create("abccl", MFD_CLOEXEC);
     if (fd < 0) refuse("memfd_create");

@@ -24,6 +24,8 @@ class Region {
     Region& operator=(const Region&) = delete;
 
     void unlink_name();
+    // Gives the pages of a range back, for all who have mapped them; they are zero when touched again.
+    void forget(size_t offset, size_t bytes);
     uint8_t* base() const { return base_; }
     size_t bytes() const { return bytes_; }
     int fd() const { return fd_; }
