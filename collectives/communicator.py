@@ -11,6 +11,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,9 @@ from ..transports.shm import ShmPlan, ShmTransport
 from .arrays import Array, view
 from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import Bootstrap, find
+from .members import Members
+from .memory import RegisteredMemory, empty, heap_bytes
+from .persistent import Persistent, PersistentCalls, PersistentExecution
 from .work import Work, WorkQueue
 
 TIMEOUT = 600.0
@@ -45,7 +49,7 @@ _SPLIT_TAG = -1
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-class Communicator:
+class Communicator(PersistentCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
@@ -66,6 +70,7 @@ class Communicator:
         self._generation = _native.fork_generation()
         self._closed = False
         self._binder = Binder(transport)
+        self._memory: RegisteredMemory | None = None
         self._interned: dict[Uneven, Uneven] = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
@@ -128,8 +133,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             op, algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = op if counts is None else self._intern(Uneven(op, counts=tuple(int(count) for count in counts)))
-        return self._call(_REDUCE_SCATTER, x, out, extra, 0, algorithm, async_op)
+        return self._call(_REDUCE_SCATTER, x, out, self._with_counts(op, counts), 0, algorithm, async_op)
 
     def all_gather(
         self,
@@ -148,8 +152,7 @@ class Communicator:
             counts: the parts' elements, where they are not equal; the same on all ranks.
             algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = None if counts is None else self._intern(Uneven(counts=tuple(int(count) for count in counts)))
-        return self._call(_ALL_GATHER, x, out, extra, 0, algorithm, async_op)
+        return self._call(_ALL_GATHER, x, out, self._with_counts(None, counts), 0, algorithm, async_op)
 
     def broadcast(self, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False) -> Any:
         """Every rank's `x` becomes the root's. `algorithm`, `async_op`, Raises: as in `all_reduce`."""
@@ -208,10 +211,8 @@ class Communicator:
                 others' parts (ring, tree, recursive_doubling, bruck) first all-gather all sizes.
             algorithm, async_op, Raises: as in `all_reduce`.
         """
-        extra = None
-        if out_splits is not None or in_splits is not None:
-            extra = self._uneven_exchange(out, x, out_splits, in_splits, algorithm)
-        return self._call(_ALL_TO_ALL, x, out, extra, 0, algorithm, async_op)
+        uneven = self._uneven_exchange(out, x, out_splits, in_splits, algorithm)
+        return self._call(_ALL_TO_ALL, x, out, uneven, 0, algorithm, async_op)
 
     def barrier(self, *, algorithm: str | None = None, async_op: bool = False) -> Any:
         """Return when all ranks have called it."""
@@ -240,7 +241,27 @@ class Communicator:
         """
         return self._message("recv", x, peer, tag, async_op)
 
-    # ---- groups, and the end
+    # ---- memory, groups, and the end
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
+        """An array in registered memory, its elements undefined: collectives on it copy nothing on the way.
+
+        Not collective, but it pays where all ranks have such arrays. Any array of numpy's or torch's may be made a view
+        of it. Over a transport other than shm it is ordinary memory.
+
+        Args:
+            shape: its sizes.
+            dtype: numpy's, or its name; or torch's, and the result is a tensor.
+
+        Raises:
+            TransportError: no room is left: a rank has its share of the machine's memory, 1 GiB at least.
+        """
+        self._check_usable()
+        if self._native is None:
+            return empty(shape, dtype, lambda nbytes: np.empty(nbytes, np.uint8))
+        if self._memory is None:
+            self._memory = RegisteredMemory(self._native, heap_bytes(self.size))
+        return empty(shape, dtype, self._memory.allocate)
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """New communicators of the ranks that give the same color, ranked by key, then by rank. Collective.
@@ -262,7 +283,11 @@ class Communicator:
             return None
         members = [r for r in range(self.size) if everyone[r, 0] and everyone[r, 1] == color]
         members.sort(key=lambda r: (int(everyone[r, 2]), r))
-        return _connect(_Members(self, members, _SPLIT_TAG - number % (1 << 20)), self._transport.name, self.timeout)
+        return _connect(
+            Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20)),
+            self._transport.name,
+            self.timeout,
+        )
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
@@ -316,7 +341,9 @@ class Communicator:
         out_splits: Sequence[int] | None,
         in_splits: Sequence[int] | None,
         algorithm: str | None,
-    ) -> Uneven:
+    ) -> Uneven | None:
+        if out_splits is None and in_splits is None:
+            return None
         self._check_usable()
         sent = check_splits(x, "x", "in_splits", in_splits, self.size)
         received = check_splits(out, "out", "out_splits", out_splits, self.size)
@@ -326,6 +353,22 @@ class Communicator:
             self.all_gather(rows, np.array(sent, dtype=np.int64))
             matrix = tuple(tuple(row) for row in rows.tolist())
         return self._intern(Uneven(sent=sent, received=received, matrix=matrix))
+
+    def _with_counts(self, op: str | PremulSum | None, counts: Sequence[int] | None) -> Any:
+        if counts is None:
+            return op
+        return self._intern(Uneven(op or "sum", counts=tuple(int(count) for count in counts)))
+
+    def _persistent(
+        self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: str | None
+    ) -> Persistent:
+        self._check_usable()
+        prepared = self._binder.bind(collective, x, out, op, root, algorithm)
+        addresses = [0 if array is None else view(array, "x", collective.value).address for array in (x, out)]
+        if isinstance(prepared, ShmPlan):
+            return _native.Persistent(self._dispatcher, prepared.native, *addresses, (x, out))
+        execute = partial(self._execute, prepared, x, out, *addresses)
+        return PersistentExecution(execute, f"{collective.value} on {self!r}")
 
     def _intern(self, uneven: Uneven) -> Uneven:
         """One object for equal values: the dispatcher tells them apart by identity."""
@@ -395,36 +438,6 @@ class Communicator:
                 "this communicator belongs to the parent of this process, which was forked: make one in the child "
                 "with abccl.init(), or start ranks with abccl.spawn()"
             )
-
-
-class _Members(Bootstrap):
-    """The members of a new group meet by messages of the parent communicator, on a tag of their own."""
-
-    def __init__(self, parent: Communicator, members: list[int], tag: int) -> None:
-        self.parent, self.members, self.tag = parent, members, tag
-        self.rank, self.size = members.index(parent.rank), len(members)
-
-    def exchange(self, data: bytes) -> list[bytes]:
-        """See `Bootstrap.exchange`."""
-        lengths = self._all(np.array([len(data)], dtype=np.int64), [1] * self.size)
-        mine = np.frombuffer(data, dtype=np.uint8)
-        return [blob.tobytes() for blob in self._all(mine, [int(length[0]) for length in lengths])]
-
-    def _all(self, mine: np.ndarray[Any, Any], counts: list[int]) -> list[np.ndarray[Any, Any]]:
-        theirs = [np.empty(count, dtype=mine.dtype) for count in counts]
-        theirs[self.rank] = mine
-        works = []
-        for call in ("send", "recv"):
-            for member, buffer in zip(self.members, theirs, strict=True):
-                if member == self.parent.rank:
-                    continue
-                array = mine if call == "send" else buffer
-                works.append(
-                    self.parent._transfer(call, member, self.tag, array.ctypes.data, array.nbytes, array, True)
-                )
-        for work in works:
-            work.wait()
-        return theirs
 
 
 def init(transport: str | None = None, *, timeout: float = TIMEOUT) -> Communicator:

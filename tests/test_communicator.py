@@ -20,7 +20,7 @@ import abccl
 from abccl import Communicator, algorithm, recv, send
 from abccl.algorithms import Collective, algorithms, registry
 from abccl.transports.inproc import inproc
-from abccl.transports.shm import shm_threads
+from abccl.transports.shm import PROTOCOLS, shm_threads
 from abccl.transports.types import OPERATORS, TYPES, check_operator, numpy_operator
 
 TYPE_NAMES = [element.name for element in TYPES]
@@ -69,7 +69,7 @@ def reduced(op: str, contributions: list[np.ndarray[Any, Any]], dtype: str) -> n
 
 
 @pytest.mark.parametrize("kind", ["shm", "inproc"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_collectives_against_numpy(kind: str, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 5), "size")
@@ -81,20 +81,38 @@ def test_collectives_against_numpy(kind: str, data: st.DataObject) -> None:
     names = [name for name, a in algorithms(collective).items() if a.refusal(size) is None]
     algorithm = data.draw(st.sampled_from([None, *names]), "algorithm")
     root = data.draw(st.integers(0, size - 1), "root")
-    queued = data.draw(st.booleans(), "async_op")
+    form = data.draw(st.sampled_from(["plain", "async", "persistent", "started"]), "form")
+    protocol = data.draw(st.sampled_from([None, *PROTOCOLS]), "protocol")
+    registered = data.draw(st.booleans(), "registered")
     whole = [values(rank, count * size, dtype) for rank in range(size)]
     part = [array[:count] for array in whole]
     combined = reduced(op, whole, dtype)
 
     def run(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
-        work = call(*arguments, algorithm=algorithm, async_op=queued, **keywords)
-        if queued:
+        if form == "plain":
+            call(*arguments, algorithm=algorithm, **keywords)
+        elif form == "async":
+            work = call(*arguments, algorithm=algorithm, async_op=True, **keywords)
             work.wait(60)
             assert work.is_completed()
+        else:
+            communicator = call.__self__  # type: ignore[attr-defined]
+            persistent = getattr(communicator, f"{call.__name__}_init")(*arguments, algorithm=algorithm, **keywords)
+            if form == "persistent":
+                persistent()
+            else:
+                persistent.start()
+                persistent.wait(60)
 
     def body(c: Communicator) -> bool:
         r = c.rank
-        x, whole_out, part_out = whole[r].copy(), np.empty_like(combined), np.empty(count, combined.dtype)
+        if kind == "shm":
+            c._transport.set_protocol(protocol)  # type: ignore[attr-defined]
+        x, whole_out, part_out = (
+            c.empty(n, combined.dtype) if registered else np.empty(n, combined.dtype)
+            for n in (combined.size, combined.size, count)
+        )
+        x[:] = whole[r]
         match collective:
             case Collective.ALL_REDUCE:
                 run(c.all_reduce, x, op, out=whole_out)

@@ -346,7 +346,7 @@ def test_replay_judges_tangles_as_their_execution_does() -> None:
 
 
 def test_a_deadlock_overlooked_for_want_of_room_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Run, "_check_room", lambda run: None)
+    monkeypatch.setattr(_Run, "_check_room", lambda run, in_place: None)
     assert disagreeing_tangles()[0]
 
 

@@ -132,9 +132,7 @@ def test_deadlock_only_where_messages_are_read_in_place() -> None:
         [(send(0, 0), recv(0, 0, reduce=True), recv(2, 0, reduce=True))],
         [recv(0, 0), send(1, 0)],
     )
-    refused(
-        a, 3, "messages per pair that are read in place", "rank 0 waits at step 2 for rank 1 to have read block 0"
-    )
+    refused(a, 3, "messages per pair that are read in place", "rank 0 waits at step 2 for rank 1 to have read block 0")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..algorithms import Collective, lookup
 from ..algorithms.plan import Plan, bind, cut, lower
-from ..errors import AbcclError, Aborted, DeadlineExceeded, Mismatch, PeerLost, TransportError
+from ..errors import AbcclError, Aborted, ArgumentError, DeadlineExceeded, Mismatch, PeerLost, TransportError
 from . import _native
 from .contract import Execution, Operation, Request, Transport
 from .types import NUMBERS, OPERATORS
@@ -35,16 +35,22 @@ NEVER = 1 << 62
 CALIBRATION_ROUNDS = 7
 CALIBRATION_TIMEOUT = 60.0
 ARENA_BYTES = 8 << 20
-"""What the arenas of one rank may take together; only what is used is touched."""
+"""What the arenas of one rank may take together, up to 50 ranks; only what is used is touched."""
+
+PROTOCOLS = ("cached", "streaming", "lent", "lent_streaming")
+"""How long messages travel, in the order of the native core's numbers: copied into the sender's arena by ordinary stores
+or past the cache; or read by the receiver where they lie, what it writes going through its cache or past it. What is lent
+is mapped by the receiver if it is registered memory (direct), else copied by the kernel (pull)."""
 
 _KINDS: dict[type[Exception], int] = {DeadlineExceeded: 4, PeerLost: 5, Mismatch: 6, Aborted: 7}
 """The native core's numbers of the errors that travel through an abort."""
 
 
 def slot_bytes(size: int) -> int:
-    """The slots shrink as ranks are added: a power of two from 32 to 128 KiB."""
+    """The slots shrink as ranks are added: a power of two from 8 to 128 KiB."""
     slot = 128 << 10
-    while slot > 32 << 10 and slot * SLOTS * (LANES + 1) * size > ARENA_BYTES:
+    # A channel for messages beside the lanes, to each peer; and slots for several readers, once for each lane.
+    while slot > 8 << 10 and slot * SLOTS * ((LANES + 1) * (size - 1) + LANES) > ARENA_BYTES:
         slot //= 2
     return slot
 
@@ -67,9 +73,7 @@ class ShmTransport(Transport):
         self.slot_bytes = slot_bytes(size)
         self.geometry = _native.Geometry(size, LANES, SLOTS, self.slot_bytes)
         self._timeout = 365 * 86400.0  # of the verbs, whose callers have deadlines of their own
-        refusals = self._connect(exchange, named=False)
-        if refusals:
-            refusals = self._connect(exchange, named=True)
+        refusals = self._connect(exchange, named=False) and self._connect(exchange, named=True)
         if refusals:
             raise TransportError(
                 f"shm serves ranks of one host and one user, and of {size} ranks not all can attach to each other: "
@@ -91,6 +95,12 @@ class ShmTransport(Transport):
                     os.sched_setaffinity(0, allowed)
             self.native.number_from_here()
             self.native.adapt()
+            if not self._named:
+                # All have read what the calibration wrote: the last message of it came from ranks that were done.
+                arena = self.geometry.arena_at
+                self._region.forget(arena, self.geometry.bytes - arena)
+
+        self.set_protocol(os.environ.get("ABCCL_PROTOCOL") or None)
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
         """Make and announce the own region, attach to all others; returns what went wrong anywhere."""
@@ -101,12 +111,13 @@ class ShmTransport(Transport):
             if named
             else _native.Region.create(self.geometry.bytes)
         )
+        self._region, self._named = region, named
         self.native = _native.Communicator(self.rank, self.geometry, region)
         self.native.announce(token)
         cores = sorted(os.sched_getaffinity(0))
         card = {"host": host_identity(), "pid": os.getpid(), "cores": cores}
-        card |= {"fd": region.fd, "name": name, "token": token}
-        refusal = ""
+        card |= {"fd": region.fd, "name": name, "token": token, "address": self.native.address_of_token}
+        refusal, reads_all = "", True
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         # All cores that any rank may use: a launcher may have bound each rank to one.
         self.cores = len({core for theirs in cards for core in theirs["cores"]})
@@ -123,11 +134,16 @@ class ShmTransport(Transport):
                     else _native.Region.attach(theirs["pid"], theirs["fd"], self.geometry.bytes)
                 )
                 self.native.attach(peer, memory, theirs["token"])
+                reads_all = reads_all and self.native.can_read(peer, theirs["address"], theirs["token"])
             except AbcclError as error:
                 refusal = f"rank {self.rank} to rank {peer}: {error}"
-        refusals = [text.decode() for text in exchange(refusal.encode()) if text]
+        verdicts = [json.loads(blob) for blob in exchange(json.dumps([refusal, reads_all]).encode())]
         region.unlink_name()
-        return refusals
+        # Linux lets processes of one user read each other's memory (process_vm_readv), unless a security module or a
+        # container's policy forbids it. Without it all that is not registered is copied twice.
+        self.pulls = all(reads for _, reads in verdicts)
+        self.native.set_pull(self.pulls)
+        return [text for text, _ in verdicts if text]
 
     def _calibrate(self) -> int:
         """From how many bytes on messages go past the cache: measured, as it depends on what the ranks' cores share.
@@ -157,6 +173,18 @@ class ShmTransport(Transport):
             if gain[0] > 1.1 * self.size:
                 return message // 2
         return NEVER
+
+    def set_protocol(self, name: str | None) -> None:
+        """One of PROTOCOLS for all plans; None lets each plan find out, which is the default.
+
+        Messages that can not be lent are copied all the same.
+
+        Raises:
+            ArgumentError: there is no such protocol.
+        """
+        if name is not None and name not in PROTOCOLS:
+            raise ArgumentError(f"no protocol is called {name!r}: there are {', '.join(PROTOCOLS)}")
+        self.native.set_way(None if name is None else PROTOCOLS.index(name))
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""

@@ -47,8 +47,73 @@ int64_t number(PyObject* object) {
     return value;
 }
 
+// DLPack's table of C functions, which frameworks offer since its version 1.3: it tells of a tensor what several calls
+// of methods would, at the price of one. Laid out as the specification says (dmlc/dlpack, include/dlpack/dlpack.h).
+namespace dlpack {
+
+struct Tensor {
+    uint8_t* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct Exchange {
+    uint32_t major, minor;
+    void *previous, *allocate, *managed_from, *managed_to;
+    int (*tensor_from)(void* object, Tensor* tensor);  // borrowed: valid while the object is
+    void* work_stream;
+};
+
+constexpr int32_t cpu = 1;
+
+const Exchange* exchange_of(PyTypeObject* type) {
+    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+    void* table = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+    Py_XDECREF(capsule);  // the type keeps it
+    PyErr_Clear();
+    auto* exchange = static_cast<const Exchange*>(table);
+    return exchange && exchange->major == 1 && exchange->tensor_from ? exchange : nullptr;
+}
+
+}  // namespace dlpack
+
+// The same as `describe_tensor` below for what is most common: real numbers, of torch's own tensor type.
+bool describe_quickly(PyObject* object, Array& array) {
+    static const dlpack::Exchange* const exchange = dlpack::exchange_of(names().tensor);
+    static PyObject* dtypes[256][256] = {};  // by code and bits; torch keeps its dtypes for ever
+    dlpack::Tensor tensor;
+    if (!exchange || exchange->tensor_from(object, &tensor) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    constexpr uint8_t complex = 5;
+    if (tensor.device_type != dlpack::cpu || tensor.type_lanes != 1 || tensor.type_code == complex) return false;
+    array.data = tensor.data + tensor.byte_offset;
+    array.count = 1;
+    array.plain = true;
+    for (int32_t i = tensor.ndim; i-- > 0;) {
+        // An axis of one element may have any stride.
+        if (tensor.strides && tensor.shape[i] != 1 && tensor.strides[i] != array.count) array.plain = false;
+        array.count *= tensor.shape[i];
+    }
+    array.plain = array.plain || array.count == 0;
+    array.writable = true;
+    array.itemsize = tensor.type_bits / 8u;
+    PyObject*& dtype = dtypes[tensor.type_code][tensor.type_bits];
+    if (!dtype) dtype = PyObject_GetAttr(object, names().dtype);
+    if (!dtype) PyErr_Clear();
+    array.dtype = dtype;
+    if (array.plain) array.plain = number(PyObject_CallMethodNoArgs(object, names().is_neg)) == 0;
+    return dtype != nullptr;
+}
+
 bool describe_tensor(PyObject* object, Array& array) {
     Names& n = names();
+    if (Py_TYPE(object) == n.tensor && describe_quickly(object, array)) return true;
     if (number(PyObject_GetAttr(object, n.is_cpu)) != 1) return false;
     PyObject* address = PyObject_CallMethodNoArgs(object, n.data_ptr);
     if (!address) {

@@ -8,6 +8,7 @@
 #include "failure.hpp"
 #include "fold.hpp"
 #include "gil.hpp"
+#include "persistent.hpp"
 
 namespace py = pybind11;
 using namespace abccl;
@@ -148,6 +149,7 @@ PYBIND11_MODULE(_native, m) {
                     "a geometry wants a rank, a lane, slots that are a power of two, of a multiple of 64 bytes");
             return Geometry{size, lanes, slots, slot_bytes};
         }))
+        .def_property_readonly("arena_at", &Geometry::arena_at, "Where what is reused from message to message begins.")
         .def_property_readonly("bytes", &Geometry::bytes);
 
     py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
@@ -242,5 +244,26 @@ PYBIND11_MODULE(_native, m) {
         .def("function", [](py::object self) { return self.cast<Dispatcher&>().function(self); })
         .def("set_timeout", &Dispatcher::set_timeout)
         .def("forget", &Dispatcher::forget);
+    py::class_<Persistent>(m, "Persistent",
+                           "A collective whose arguments were checked once: call it, or start() it and wait().",
+                           py::custom_type_setup(&Persistent::make_callable), py::is_final())
+        .def(py::init([](std::shared_ptr<Dispatcher> dispatcher, std::shared_ptr<Plan> plan, uintptr_t input,
+                         uintptr_t output, py::object buffers) {
+            return std::make_unique<Persistent>(std::move(dispatcher), std::move(plan), pointer(input),
+                                                mutable_pointer(output), std::move(buffers));
+        }))
+        .def("start", &Persistent::start, "Start it; the library goes on with it in the background.")
+        .def(
+            "wait",
+            [](Persistent& p, py::object timeout) {
+                wait(p.started(), std::move(timeout));
+                p.forget_started();
+            },
+            py::arg("timeout") = py::none(),
+            "Wait until what was started is finished.\n\nRaises DeadlineExceeded after `timeout` seconds (it goes on), "
+            "or what it failed with.")
+        .def(
+            "is_completed", [](Persistent& p) { return p.started().work->finished(); },
+            "Whether what was started is finished, well or not.");
     m.def("fork_generation", &fork_generation);
 }

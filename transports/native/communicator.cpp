@@ -276,7 +276,8 @@ void progress_forever(Queue& q) {
             const bool nothing_new = q.submissions.load(std::memory_order_seq_cst) == seen;
             if (nothing_new && active[0]->progress() == Outcome::blocked) sleeper.sleep(20);
         } else {
-            usleep(100);
+            // Nobody can sleep on several doorbells: ever longer naps, and a short one after all that moved.
+            usleep(std::min(100u << std::min(idle / 256, 5), 2000u));
         }
         if (idle % 16 == 0 || active.size() == 1)
             for (auto& communicator : active) communicator->tick();

@@ -65,12 +65,16 @@ Dispatcher::Dispatcher(std::shared_ptr<Communicator> communicator, py::object bi
     set_timeout(timeout);
 }
 
-PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
-    if (count != 7) throw py::type_error("call(collective, x, out, op, root, algorithm, asynchronous)");
+void Dispatcher::check_generation() const {
     if (generation_ != fork_generation())
         throw Failure(Kind::closed,
                       "this communicator belongs to the parent of this process, which was forked: make one in the "
                       "child with abccl.init(), or start ranks with abccl.spawn()");
+}
+
+PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 7) throw py::type_error("call(collective, x, out, op, root, algorithm, asynchronous)");
+    check_generation();
     PyObject *x_object = arguments[1], *out_object = arguments[2];
     const bool asynchronous = PyObject_IsTrue(arguments[6]) == 1;
     Array x, out;
@@ -124,29 +128,35 @@ PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const 
             .release()
             .ptr();
     }
-    std::shared_ptr<const Plan> plan = bound.plan;
     if (asynchronous) {
-        auto work = std::make_shared<PendingWork>();
-        work->buffers = py::make_tuple(py::handle(arguments[1]), py::handle(arguments[2]));
-        work->communicator = communicator_;
-        work->generation = generation_;
-        work->work = communicator_->start(plan, x.data, const_cast<uint8_t*>(out.data), timeout_);
-        keep(work);
-        return py::cast(work).release().ptr();
+        py::object buffers = py::make_tuple(py::handle(arguments[1]), py::handle(arguments[2]));
+        auto work = start(bound.plan, x.data, const_cast<uint8_t*>(out.data), std::move(buffers));
+        return py::cast(std::move(work)).release().ptr();
     }
-    {
-        WithoutGil released;
-        communicator_->run(plan, x.data, const_cast<uint8_t*>(out.data), timeout_);
-    }
+    run(bound.plan, x.data, const_cast<uint8_t*>(out.data));
     Py_RETURN_NONE;
 }
 
-void Dispatcher::forget() { bound_.clear(); }
-
-void Dispatcher::keep(std::shared_ptr<PendingWork> work) {
-    let_go();
-    pending_.push_back(std::move(work));
+void Dispatcher::run(std::shared_ptr<const Plan> plan, const void* input, void* output) {
+    check_generation();
+    WithoutGil released;
+    communicator_->run(std::move(plan), input, output, timeout_);
 }
+
+std::shared_ptr<PendingWork> Dispatcher::start(std::shared_ptr<const Plan> plan, const void* input, void* output,
+                                               py::object buffers) {
+    check_generation();
+    auto work = std::make_shared<PendingWork>();
+    work->buffers = std::move(buffers);
+    work->communicator = communicator_;
+    work->generation = generation_;
+    work->work = communicator_->start(std::move(plan), input, output, timeout_);
+    let_go();
+    pending_.push_back(work);
+    return work;
+}
+
+void Dispatcher::forget() { bound_.clear(); }
 
 Dispatcher::~Dispatcher() {
     // Buffers must not go before the engine has let go of them.

@@ -38,6 +38,12 @@ class Dispatcher {
     // The same as a Python function that takes its arguments by position at C's price.
     pybind11::object function(pybind11::object self);
 
+    // Runs the plan in the calling thread, without the GIL.
+    void run(std::shared_ptr<const Plan> plan, const void* input, void* output);
+    // Queues the plan; the buffers stay alive until it is finished.
+    std::shared_ptr<PendingWork> start(std::shared_ptr<const Plan> plan, const void* input, void* output,
+                                       pybind11::object buffers);
+
     void set_timeout(double seconds) { timeout_ = abccl::seconds(seconds); }
     // Binds everything anew from now on: an algorithm has changed.
     void forget();
@@ -60,7 +66,7 @@ class Dispatcher {
 
     pybind11::object miss(PyObject* const* arguments);
     PyObject* run(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out, bool asynchronous);
-    void keep(std::shared_ptr<PendingWork> work);
+    void check_generation() const;
     void let_go();
 
     std::shared_ptr<Communicator> communicator_;

@@ -54,8 +54,17 @@ Region::~Region() {
         auto found = created().find(fd_);
         if (found != created().end() && found->second.expired()) created().erase(found);
     }
-    close(fd_);
+    if (fd_ >= 0) close(fd_);
     unlink_name();
+}
+
+std::shared_ptr<Region> Region::attached(int fd, size_t bytes, const std::string& what) {
+    check_size(fd, bytes, what);
+    std::shared_ptr<Region> region(new Region(fd, bytes, ""));
+    // The mapping stays, and many communicators want few descriptors.
+    close(fd);
+    region->fd_ = -1;
+    return region;
 }
 
 void Region::unlink_name() {
@@ -104,15 +113,13 @@ std::shared_ptr<Region> Region::attach(int pid, int fd, size_t bytes) {
     std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
     int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (own < 0) refuse("cannot open " + path);
-    check_size(own, bytes, path);
-    return std::shared_ptr<Region>(new Region(own, bytes, ""));
+    return attached(own, bytes, path);
 }
 
 std::shared_ptr<Region> Region::attach_named(const std::string& name, size_t bytes) {
     int fd = shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0) refuse("cannot open " + name);
-    check_size(fd, bytes, name);
-    return std::shared_ptr<Region>(new Region(fd, bytes, ""));
+    return attached(fd, bytes, name);
 }
 
 }  // namespace abccl

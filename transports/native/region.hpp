@@ -28,10 +28,12 @@ class Region {
     void forget(size_t offset, size_t bytes);
     uint8_t* base() const { return base_; }
     size_t bytes() const { return bytes_; }
+    // For peers to attach by; -1 of what was attached.
     int fd() const { return fd_; }
 
   private:
     Region(int fd, size_t bytes, std::string name);
+    static std::shared_ptr<Region> attached(int fd, size_t bytes, const std::string& what);
     int fd_;
     size_t bytes_;
     std::string name_;

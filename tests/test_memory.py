@@ -1,0 +1,141 @@
+"""Registered memory: what it hands out and takes back, and that peers read it where it lies."""
+
+from __future__ import annotations
+
+import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import abccl
+from abccl import ArgumentError, Communicator, TransportError
+from abccl.collectives.memory import PAGE, RegisteredMemory
+from abccl.transports.inproc import inproc
+from abccl.transports.shm import shm_threads
+
+
+def alone() -> Communicator:
+    return Communicator(shm_threads(1)[0])
+
+
+def memory(capacity: int) -> tuple[Communicator, RegisteredMemory]:
+    communicator = alone()
+    return communicator, RegisteredMemory(communicator._native, capacity)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 5 * PAGE), st.just(-1)), max_size=60))
+def test_arrays_never_overlap_and_what_is_dropped_comes_back(requests: list[int]) -> None:
+    communicator, heap = memory(64 * PAGE)
+    with communicator:
+        alive: list[tuple[np.ndarray[Any, Any], int]] = []
+        for number, request in enumerate(requests):
+            if request < 0:
+                alive[: len(alive) // 2] = []
+                continue
+            try:
+                array = heap.allocate(request)
+            except TransportError:
+                break
+            array[:] = number % 251
+            alive.append((array, number % 251))
+        for array, value in alive:
+            assert (array == value).all()
+        alive.clear()
+        array = np.empty(0)
+        gc.collect()
+        assert heap.allocate(64 * PAGE).nbytes == 64 * PAGE
+
+
+def test_a_full_heap_says_what_to_do() -> None:
+    communicator, heap = memory(1 << 20)
+    with communicator:
+        kept = heap.allocate(PAGE)
+        with pytest.raises(TransportError, match="no 1 MiB in one piece are left of this rank's 1 MiB"):
+            heap.allocate(1 << 20)
+        del kept
+
+
+def test_pages_go_back_to_the_system() -> None:
+    with alone() as communicator:
+        array = communicator.empty(1 << 20, "uint8")
+        array[:] = 1
+        fd = communicator._memory._region.fd  # type: ignore[union-attr]
+        assert os.fstat(fd).st_blocks * 512 >= 1 << 20
+        view = array[5:10]
+        del array
+        assert os.fstat(fd).st_blocks * 512 >= 1 << 20, "a view keeps the memory"
+        del view
+        assert os.fstat(fd).st_blocks == 0
+
+
+def test_shapes_and_types() -> None:
+    torch = pytest.importorskip("torch")
+    with alone() as communicator:
+        for shape, dims in ((3, (3,)), ((2, 3), (2, 3)), ((), ()), ((0, 4), (0, 4)), (np.int64(2), (2,))):
+            assert communicator.empty(shape, "float64").shape == dims
+            tensor = communicator.empty(shape, torch.bfloat16)
+            assert tensor.dtype == torch.bfloat16 and tuple(tensor.shape) == dims
+        assert communicator.empty(3).dtype == np.float32
+        for bad in (-1, (2, -1), 1.5, ("a",)):
+            with pytest.raises((ArgumentError, TypeError)):
+                communicator.empty(bad)
+
+
+def test_memory_outlives_its_communicator() -> None:
+    communicator = alone()
+    array = communicator.empty(1000)
+    array[:] = 7
+    communicator.close()
+    del communicator
+    gc.collect()
+    assert (array == 7).all()
+
+
+def test_ordinary_memory_over_other_transports() -> None:
+    def body(transport: Any) -> None:
+        with Communicator(transport) as communicator:
+            x = communicator.empty(10)
+            x[:] = 1
+            communicator.all_reduce(x)
+            assert (x == 2).all()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(body, inproc(2)))
+
+
+def lends(protocol: str | None, count: int) -> tuple[bool, bool, int]:
+    """Processes: the sum is right with registered memory and with ordinary; how much of the arena was touched."""
+    communicator = abccl.init()
+    transport: Any = communicator._transport
+    transport.set_protocol(protocol)
+    registered, ordinary = communicator.empty(count), np.empty(count, np.float32)
+    right = []
+    for x in (registered, ordinary):
+        x[:] = communicator.rank + 1
+        communicator.all_reduce(x, algorithm="two_shot")
+        right.append(bool((x == sum(range(1, communicator.size + 1))).all()))
+    fd = transport._region.fd
+    communicator.barrier()
+    return right[0], right[1], os.fstat(fd).st_blocks * 512
+
+
+def test_what_is_lent_is_not_copied(here: ModuleType, ranks: int) -> None:
+    """Between processes: nothing is written to the arena."""
+    outcomes = abccl.spawn(lends, ranks, ("lent", 1 << 20))
+    assert all(first and second for first, second, _ in outcomes)
+    staged = abccl.spawn(lends, ranks, ("cached", 1 << 20))
+    assert all(first and second for first, second, _ in staged)
+    pulls = all(touched < 128 << 10 for _, _, touched in outcomes)
+    assert pulls or not _may_pull()
+    assert min(touched for _, _, touched in staged) >= 128 << 10
+
+
+def _may_pull() -> bool:
+    return shm_threads(2)[0].pulls
