@@ -364,10 +364,10 @@ class Communicator(PersistentCalls):
     ) -> Persistent:
         self._check_usable()
         prepared = self._binder.bind(collective, x, out, op, root, algorithm)
-        addresses = [0 if array is None else view(array, "x", collective.value).address for array in (x, out)]
+        source, target = (0 if array is None else view(array, "x", collective.value).address for array in (x, out))
         if isinstance(prepared, ShmPlan):
-            return _native.Persistent(self._dispatcher, prepared.native, *addresses, (x, out))
-        execute = partial(self._execute, prepared, x, out, *addresses)
+            return _native.Persistent(self._dispatcher, prepared.native, source, target, (x, out))
+        execute = partial(self._execute, prepared, x, out, source, target)
         return PersistentExecution(execute, f"{collective.value} on {self!r}")
 
     def _intern(self, uneven: Uneven) -> Uneven:

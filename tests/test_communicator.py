@@ -4,6 +4,7 @@ threads; what needs processes, by processes."""
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +171,63 @@ def test_avg_and_premul_sum(kind: str, dtype: str) -> None:
         assert np.allclose(x.astype("complex128"), total / 3 if c.rank == 1 else contributions[c.rank], rtol=1e-2)
 
     threads(3, body, kind)
+
+
+def test_tensors_are_read_as_they_are() -> None:
+    torch = pytest.importorskip("torch")
+    whole = torch.arange(12.0)
+    served = {
+        "plain": whole.clone(),
+        "part": whole[3:7],
+        "one of a column": whole.view(4, 3)[1:2, 1],
+        "no elements": torch.empty(0, 3),
+        "scalar": torch.tensor(2.0),
+        "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+    }
+    refused = {
+        "transposed": whole.view(4, 3).t(),
+        "column": whole.view(4, 3)[:, 0],
+        "negated": torch._neg_view(torch.ones(3)),
+        "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+        "meta": torch.ones(3, device="meta"),
+        "sparse": torch.ones(3).to_sparse(),
+    }
+    with Communicator(shm_threads(1)[0]) as c:
+        for _ in range(2):  # cold and warm
+            for name, tensor in served.items():
+                out = torch.empty_like(tensor, memory_format=torch.contiguous_format).detach()
+                c.all_reduce(tensor.detach() if name != "parameter" else tensor, out=out)
+                assert torch.equal(out, tensor), name
+            for name, tensor in refused.items():
+                assert "ArgumentError" in outcome(lambda tensor=tensor: c.all_reduce(tensor)), name
+
+
+@pytest.mark.parametrize("kind", ["shm", "inproc"])
+def test_a_persistent_collective_is_started_and_waited_for_in_turn(kind: str) -> None:
+    refused = threading.Event()
+
+    def body(c: Communicator) -> None:
+        x = np.ones(3)
+        persistent = c.all_reduce_init(x)
+        for call in (persistent.wait, persistent.is_completed):
+            assert "has not been started: call start() first" in outcome(call)
+        if c.rank == 0:
+            persistent.start()
+            for call in (persistent.start, persistent):
+                assert "is under way: wait() for it" in outcome(call)
+            refused.set()
+            persistent.wait(60)
+        else:
+            assert refused.wait(60)
+            persistent()
+        assert (x == 2).all()
+        with pytest.raises(TypeError):
+            persistent(x)
+
+    threads(2, body, kind)
 
 
 def test_all_ranks_get_the_same_bits() -> None:

@@ -144,6 +144,19 @@ def direct_calls() -> None:
 
 
 @check
+def registered_memory() -> None:
+    """As FSDP2 asks for it."""
+    _, size = here()
+    backend = Groups.abccl._get_backend(torch.device("cpu"))
+    assert backend.supports_tensor_alloc(torch.device("cpu"))
+    x = backend.allocate_tensor(100_000, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert x.shape == (100_000,) and x.dtype == torch.bfloat16
+    x.fill_(1)
+    dist.all_reduce(x)
+    assert torch.equal(x, torch.full_like(x, size))
+
+
+@check
 def works_and_futures() -> None:
     _, size = here()
     x = torch.ones(3)

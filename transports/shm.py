@@ -38,9 +38,12 @@ ARENA_BYTES = 8 << 20
 """What the arenas of one rank may take together, up to 50 ranks; only what is used is touched."""
 
 PROTOCOLS = ("cached", "streaming", "lent", "lent_streaming")
-"""How long messages travel, in the order of the native core's numbers: copied into the sender's arena by ordinary stores
-or past the cache; or read by the receiver where they lie, what it writes going through its cache or past it. What is lent
-is mapped by the receiver if it is registered memory (direct), else copied by the kernel (pull)."""
+"""How long messages travel, in the order of the native core's numbers.
+
+Copied into the sender's arena, by ordinary stores or past the cache; or read by the receiver where they lie, what it
+writes going through its cache or past it. What is lent is mapped by the receiver if it is registered memory (direct),
+else copied by the kernel (pull).
+"""
 
 _KINDS: dict[type[Exception], int] = {DeadlineExceeded: 4, PeerLost: 5, Mismatch: 6, Aborted: 7}
 """The native core's numbers of the errors that travel through an abort."""

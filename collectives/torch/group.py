@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -33,10 +34,12 @@ class _Backend:
         return "abccl"
 
     def supports_tensor_alloc(self, device: Any = None) -> bool:
-        return False
+        return device is None or torch.device(device).type == "cpu"
 
     def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: Any = None) -> Tensor:
-        return torch.empty(size, dtype=dtype)
+        group = self._group()
+        assert group is not None, "the process group is gone"
+        return group.empty(size, dtype)
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         group = self._group()
@@ -131,6 +134,11 @@ class Group(_ProcessGroup):  # type: ignore[misc]
     def set_timeout(self, timeout: timedelta) -> None:
         """How long operations that start from now on wait for their peers."""
         self._communicator.set_timeout(timeout.total_seconds())
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in registered memory: see `Communicator.empty`."""
+        tensor: Tensor = self._communicator.empty(shape, dtype)
+        return tensor
 
     def abort(self) -> None:
         """Make the present and future operations of all ranks fail."""
