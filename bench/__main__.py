@@ -84,6 +84,9 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     help="For each library and size.",
 )
 @click.option("--iterations", type=click.IntRange(1), help="Calls, instead of --seconds.")
+@click.option("--roofline", is_flag=True, help="Measure the memory's bandwidth along with it: see above.")
+@click.option("--persistent", is_flag=True, help="Prepare each call once and start it often, as MPI-4 does.")
+@click.option("--registered", is_flag=True, help="Take buffers from abccl's registered memory: comm.empty.")
 @click.option("--json", "json_file", type=FILE, help="Write everything there, the time of every round included.")
 @click.option("--csv", "csv_file", type=FILE, help="Write the table there.")
 def bench(
@@ -103,9 +106,20 @@ def bench(
     COLLECTIVE is all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce, gather, scatter or barrier.
     Alone, it starts --ranks processes; under mpirun, torchrun or srun it uses theirs.
 
-    The columns are those of nccl-tests: busbw is the bandwidth that each rank's link must have had, whatever the number
-    of ranks. A peer takes turns with abccl in short slices; the ratio is its time by abccl's. Against gloo both are
+    The columns are those of nccl-tests. algbw is the size by the time, in GB/s (1e9). busbw is algbw times the share of
+    the size that each of p ranks must send: 2 (p - 1) / p for all_reduce, 1 for broadcast and reduce, (p - 1) / p for
+    the others. A peer takes turns with abccl in short slices; the ratio is its time by abccl's. Against gloo both are
     called through torch.distributed, against mpi both on numpy arrays.
+
+    --roofline adds a subject that takes turns as well: all ranks at once do a[i] += b[i] on two float32 arrays of the
+    case's size each, which moves 3 size bytes per rank (two reads and a write). The column says what part of that
+    bandwidth the collective reaches. Of the collective the fewest bytes count that all ranks together must read and
+    write: with n bytes in the largest buffer 2 p n for all_reduce and all_to_all, (p + 1) n for reduce_scatter,
+    all_gather and reduce, p n for broadcast, 2 n for gather and scatter.
+
+    A line before the table and one after it say how far apart the cores of ranks 0 and 1 are: the one-way time of a
+    cache line, how fast one copies 1 MiB that the other has just written, and how fast one writes again what the other
+    has just read. Where that last is above 5 GB/s the cores are near, else far.
 
     A loop of broadcasts is a pipeline, since the root runs ahead. So for broadcast, reduce, gather and scatter the root
     changes at random from call to call, and each call waits for the one before (--loop latency). With --root R there is
@@ -121,8 +135,9 @@ def bench(
     """
     from .measure import Budget
     from .options import Options
+    from .record import write_csv, write_json
     from .run import measure
-    from .table import Printer, write_csv, write_json
+    from .table import Printer
 
     report, error = None, None
     try:

@@ -28,6 +28,8 @@ class Facts:
         x_parts: whether the buffer `x` has a part for each rank.
         out_parts: whether `out` has.
         bus: the bus factor, by the number of ranks.
+        readers: how many ranks' input is needed, by the number of ranks.
+        writers: how many ranks' result is not there already.
         both_ways: whether it can be called in place and out of place; else there is one natural form.
         in_place: the form that is measured unless told otherwise.
         chained: whether a rank can not return before every other has entered, so that a loop measures latency.
@@ -36,6 +38,8 @@ class Facts:
     x_parts: bool
     out_parts: bool
     bus: Callable[[int], float]
+    readers: Callable[[int], int]
+    writers: Callable[[int], int]
     both_ways: bool = False
     in_place: bool = False
     chained: bool = True
@@ -53,20 +57,32 @@ def _whole(ranks: int) -> float:
     return 1.0
 
 
-def _none(ranks: int) -> float:
-    return 0.0
+def _none(ranks: int) -> int:
+    return 0
+
+
+def _one(ranks: int) -> int:
+    return 1
+
+
+def _all(ranks: int) -> int:
+    return ranks
+
+
+def _all_but_one(ranks: int) -> int:
+    return ranks - 1
 
 
 FACTS = {
-    Collective.ALL_REDUCE: Facts(False, False, _twice, both_ways=True, in_place=True),
-    Collective.REDUCE_SCATTER: Facts(True, False, _others),
-    Collective.ALL_GATHER: Facts(False, True, _others),
-    Collective.ALL_TO_ALL: Facts(True, True, _others),
-    Collective.BROADCAST: Facts(False, False, _whole, in_place=True, chained=False),
-    Collective.REDUCE: Facts(False, False, _whole, both_ways=True, in_place=True, chained=False),
-    Collective.GATHER: Facts(False, True, _others, chained=False),
-    Collective.SCATTER: Facts(True, False, _others, chained=False),
-    Collective.BARRIER: Facts(False, False, _none),
+    Collective.ALL_REDUCE: Facts(False, False, _twice, _all, _all, both_ways=True, in_place=True),
+    Collective.REDUCE_SCATTER: Facts(True, False, _others, _all, _all),
+    Collective.ALL_GATHER: Facts(False, True, _others, _all, _all),
+    Collective.ALL_TO_ALL: Facts(True, True, _others, _all, _all),
+    Collective.BROADCAST: Facts(False, False, _whole, _one, _all_but_one, in_place=True, chained=False),
+    Collective.REDUCE: Facts(False, False, _whole, _all, _one, both_ways=True, in_place=True, chained=False),
+    Collective.GATHER: Facts(False, True, _others, _all, _one, chained=False),
+    Collective.SCATTER: Facts(True, False, _others, _one, _all, chained=False),
+    Collective.BARRIER: Facts(False, False, _none, _none, _none),
 }
 
 
@@ -109,6 +125,27 @@ class Case:
     def size(self) -> int:
         """Bytes of the largest buffer."""
         return max(self.x_count, self.out_count) * element_type(self.dtype).itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """The bytes that all ranks together must read and write at least, whatever the algorithm and the transport.
+
+        Every input that the results depend on must be read once, and every result that is not there already must be
+        written once. With p ranks and n bytes in the largest buffer:
+
+            all_reduce, all_to_all        2 p n        each rank's n are read, and n written
+            reduce_scatter, all_gather    (p + 1) n    n for one of the two, n / p for the other, on each rank
+            broadcast                     p n          the root's n are read, n are written on the others
+            reduce                        (p + 1) n    each rank's n are read, n are written at the root
+            gather, scatter               2 n          p times n / p at the one end, n at the other
+
+        Copies that stay in a cache, and slots in shared memory, are not counted: one could do without them. A single
+        rank that works in place has nothing to do.
+        """
+        if self.ranks == 1 and self.in_place:
+            return 0
+        elements = self.facts.readers(self.ranks) * self.x_count + self.facts.writers(self.ranks) * self.out_count
+        return elements * element_type(self.dtype).itemsize
 
     @property
     def text(self) -> str:

@@ -13,6 +13,15 @@ from .measure import Budget
 LOOPS = ("latency", "isolated", "throughput")
 """See `measure`."""
 
+PERSISTENT = (
+    Collective.ALL_REDUCE,
+    Collective.REDUCE_SCATTER,
+    Collective.ALL_GATHER,
+    Collective.BROADCAST,
+    Collective.ALL_TO_ALL,
+)
+"""What can be prepared once and started often."""
+
 RIVALS = {"gloo": "torch", "mpi": "direct"}
 """The libraries to compare with, and how abccl is called then: as they are."""
 
@@ -35,6 +44,9 @@ class Options:
         root: None for any.
         loop: one of LOOPS; None for latency, or isolated where a root is given.
         check: whether results are checked.
+        roofline: whether the memory's bandwidth is measured along with it; see `roofline`.
+        persistent: whether calls are prepared once and started often.
+        registered: whether the buffers are of the communicator's registered memory.
         budget: how long.
         command: what the user typed.
     """
@@ -52,6 +64,9 @@ class Options:
     root: int | None = None
     loop: str | None = None
     check: bool = True
+    roofline: bool = False
+    persistent: bool = False
+    registered: bool = False
     budget: Budget = field(default_factory=lambda: Budget(0.25))
     command: str = ""
 
@@ -89,9 +104,25 @@ class Options:
                 "torch.distributed's calls do not name an algorithm: give one, or measure abccl's own calls by "
                 "--through direct"
             )
+        if self.persistent:
+            self._check_persistent()
+        if self.roofline and self.collective is Collective.BARRIER:
+            raise ArgumentError("a barrier moves no data: leave out --roofline")
         root = 0 if self.root is None and loop != "latency" and self.collective.rooted else self.root
         in_place = facts.in_place if self.in_place is None else self.in_place
         return replace(self, ranks=ranks, op=op, algorithms=named, in_place=in_place, root=root, loop=loop)
+
+    def _check_persistent(self) -> None:
+        if self.collective not in PERSISTENT:
+            known = ", ".join(collective.value for collective in PERSISTENT)
+            raise ArgumentError(
+                f"{self.collective.value} has no persistent form: leave out --persistent, or take {known}"
+            )
+        if "torch" in self.doors() or any(RIVALS[name] == "torch" for name in self.rivals):
+            raise ArgumentError(
+                "torch.distributed, and gloo with it, has no persistent collectives: leave out --persistent, or "
+                "compare with mpi"
+            )
 
     def _named(self, ranks: int) -> list[str]:
         """The algorithms by name, without those that do not run on so many ranks if all were asked for."""
@@ -117,6 +148,8 @@ class Options:
     @property
     def library(self) -> str:
         """Who allocates the buffers."""
+        if self.registered:
+            return "comm.empty"
         uses_torch = "torch" in self.doors() or any(RIVALS[name] == "torch" for name in self.rivals)
         return self.array or ("torch" if uses_torch else "numpy")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Collective
-from ..collectives import premul_sum
+from ..collectives import Communicator, premul_sum
 from ..errors import AbcclError, ArgumentError
 from ..transports.types import element_type, numpy_dtype
 from .collectives import Case
@@ -35,10 +35,13 @@ class Buffers:
     aligned to 64 bytes.
 
     Attributes:
-        library: "numpy" or "torch": who allocated it.
+        library: "numpy", "torch" or "comm.empty", the communicator's registered memory: who allocated it.
+
+    Raises:
+        ArgumentError: this communicator has no registered memory.
     """
 
-    def __init__(self, case: Case, library: str) -> None:
+    def __init__(self, case: Case, library: str, comm: Communicator) -> None:
         self.case, self.library = case, library
         self._tensors: dict[str, Any] = {}
         counts = {"x": case.x_count, "out": 0 if case.in_place else case.out_count}
@@ -50,6 +53,8 @@ class Buffers:
         self._arrays: dict[str, Values] = {
             name: self._tensors[name].view(torch.uint8).numpy().view(numpy_dtype(case.dtype))
             if library == "torch"
+            else _registered(comm)(count, case.dtype)
+            if library == "comm.empty" and count
             else np.empty(count, numpy_dtype(case.dtype))
             for name, count in counts.items()
         }
@@ -122,11 +127,24 @@ class AbcclDirect(Peer):
 
     name, door = "abccl", "direct"
 
-    def __init__(self, world: World, algorithm: str, array: str) -> None:
+    def __init__(self, world: World, algorithm: str, array: str, persistent: bool = False) -> None:
         self.comm, self.rank, self.algorithm, self.array = world.comm, world.rank, algorithm, array
+        self.persistent = persistent
 
     def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
         """See `Peer.prepare`."""
+        plain = self._plain(case, buffers, root)
+        if not self.persistent:
+            return plain
+        name = f"{case.collective.value}_init"
+        initialise = getattr(self.comm, name, None)
+        if initialise is None:
+            raise ArgumentError(f"this abccl has no {name}: leave out --persistent")
+        # A handle takes the arguments of the plain call, once.
+        started: Call = initialise(*plain.args, **plain.keywords)
+        return started
+
+    def _plain(self, case: Case, buffers: Buffers, root: int) -> partial[object]:
         comm, here = self.comm, self.rank == root
         x, out = buffers.arrays() if self.array == "numpy" else buffers.tensors()
         op = premul_sum(1 / case.ranks) if case.op == "premul_sum" else case.op
@@ -154,7 +172,7 @@ class AbcclDirect(Peer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        return {"version": _abccl_version(), **_settings("ABCCL_")}
+        return {"version": _abccl_version(), **settings("ABCCL_")}
 
 
 class TorchPeer(Peer):
@@ -210,7 +228,7 @@ class AbcclTorch(TorchPeer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        return {"version": f"{_abccl_version()}, torch {_torch().__version__}", **_settings("ABCCL_")}
+        return {"version": f"{_abccl_version()}, torch {_torch().__version__}", **settings("ABCCL_")}
 
 
 class Gloo(TorchPeer):
@@ -223,7 +241,7 @@ class Gloo(TorchPeer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        return {"version": f"torch {_torch().__version__}", **_settings("GLOO_", "TORCH_GLOO_")}
+        return {"version": f"torch {_torch().__version__}", **settings("GLOO_", "TORCH_GLOO_")}
 
 
 class MPI(Peer):
@@ -231,12 +249,25 @@ class MPI(Peer):
 
     name, door = "mpi", "direct"
 
-    def __init__(self, world: World) -> None:
-        self.mpi, self.rank = world.mpi(), world.rank
+    def __init__(self, world: World, persistent: bool = False) -> None:
+        self.mpi, self.rank, self.persistent = world.mpi(), world.rank, persistent
         self.comm = self.mpi.COMM_WORLD
 
     def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
         """See `Peer.prepare`."""
+        plain = self._plain(case, buffers, root)
+        if not self.persistent:
+            return plain
+        try:
+            # Not by MPI's version: Open MPI 5 has them, and calls itself MPI 3.1.
+            return _Persistent(getattr(self.comm, f"{plain.func.__name__}_init")(*plain.args))
+        except NotImplementedError:
+            raise ArgumentError(
+                f"{self._library()} has no persistent {case.collective.value}, which came with MPI 4.0: leave out "
+                f"--persistent"
+            ) from None
+
+    def _plain(self, case: Case, buffers: Buffers, root: int) -> partial[object]:
         comm, here = self.comm, self.rank == root
         mpi_type = self._type(case)
         x, out = ([array, mpi_type] for array in buffers.arrays())
@@ -260,7 +291,7 @@ class MPI(Peer):
             case Collective.SCATTER:
                 return partial(comm.Scatter, x if here else None, out, root)
             case Collective.BARRIER:
-                return comm.Barrier  # type: ignore[no-any-return]
+                return partial(comm.Barrier)
 
     def _type(self, case: Case) -> Any:
         """MPI's predefined type; a duplicate, as mpi4py.util.dtlib makes, is refused by MPI's operators."""
@@ -280,20 +311,58 @@ class MPI(Peer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        library = self.mpi.Get_library_version().strip("\0").splitlines()[0].split(", package")[0].strip()
-        version = f"{library}, mpi4py {import_or('mpi4py', '').__version__}"
-        return {"version": version, **_settings("OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "UCX_", "FI_", "I_MPI_")}
+        version = f"{self._library()}, mpi4py {import_or('mpi4py', '').__version__}"
+        return {"version": version, **settings("OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "UCX_", "FI_", "I_MPI_")}
+
+    def _library(self) -> str:
+        """Its name and version, of which MPICH makes two columns."""
+        first = self.mpi.Get_library_version().strip("\0").splitlines()[0].split(", package")[0]
+        return " ".join(first.replace("Version:", "").split())
+
+
+class _Persistent:
+    """Starts a persistent request and waits for it."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+    def __call__(self) -> None:
+        self.request.Start()
+        self.request.Wait()
+
+    def __del__(self) -> None:
+        self.request.Free()
 
 
 _LOGICAL = {"sum": "LOR", "max": "LOR", "bor": "LOR", "prod": "LAND", "min": "LAND", "band": "LAND", "bxor": "LXOR"}
 
-# Variables that Open MPI's launcher sets in every run: no settings of the user's.
-_NOT_SETTINGS = ("ess", "pmix", "orte", "initial_wdir", "num_procs", "PREFIXES", "cpu_type", "prte")
+# Variables that launchers set in every run: no settings of the user's.
+_NOT_SETTINGS = (
+    *(
+        f"OMPI_MCA_{name}"
+        for name in ("ess", "pmix", "orte", "initial_wdir", "num_procs", "PREFIXES", "cpu_type", "prte")
+    ),
+    *(f"PRTE_MCA_{name}" for name in ("ess", "pmix", "prte")),
+    *(
+        f"I_MPI_{name}"
+        for name in ("INFO_", "HYDRA_", "INTERNAL_", "BIND_WIN_", "RETURN_WIN_", "PIN_INFO", "PIN_MAPPING")
+    ),
+    *("I_MPI_MPIRUN", "I_MPI_ROOT", "FI_PROVIDER_PATH"),
+)
 
 
-def _settings(*prefixes: str) -> dict[str, str]:
+def settings(*prefixes: str) -> dict[str, str]:
+    """The variables of the environment by which a user has set a library."""
     found = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    return {name: found[name] for name in sorted(found) if not name.partition("_MCA_")[2].startswith(_NOT_SETTINGS)}
+    return {name: found[name] for name in sorted(found) if not name.startswith(_NOT_SETTINGS)}
+
+
+def _registered(comm: Communicator) -> Any:
+    """The communicator's allocator of registered memory."""
+    allocate = getattr(comm, "empty", None)
+    if allocate is None:
+        raise ArgumentError("this abccl has no registered memory (comm.empty): leave out --registered")
+    return allocate
 
 
 def _newest(module: Any, name: str, former: str) -> Any:

@@ -20,6 +20,8 @@ from .machine import cores_of_this_rank, machine
 from .measure import Call, Meter, Subject, Timing
 from .options import Options
 from .peers import MPI, AbcclDirect, AbcclTorch, Buffers, Gloo, Peer
+from .regime import Probe, Regime
+from .roofline import addition, operands, roofline_bytes
 from .world import World, launcher
 
 DEFAULT_RANKS = 2
@@ -47,26 +49,39 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A case and its figures."""
+    """A case and its figures; `roofline` is the time of the additions beside it, if they were asked for."""
 
     case: Case
     ours: tuple[Measured, ...]
     rivals: tuple[Measured, ...]
+    roofline: Timing | None = None
 
     def ratio(self, rival: Measured, ours: Measured) -> float | None:
         """The rival's time by ours, if they were called in the same way."""
         return rival.timing.seconds / ours.timing.seconds if rival.door == ours.door else None
 
+    @property
+    def memory_bandwidth(self) -> float | None:
+        """Of the roofline, in GB/s."""
+        return None if self.roofline is None else roofline_bytes(self.case) / self.roofline.seconds / 1e9
+
+    def part(self, measured: Measured) -> float | None:
+        """The part of the roofline's bandwidth that it reaches, counting the bytes that must be moved at least."""
+        if self.memory_bandwidth is None:
+            return None
+        return self.case.least_bytes / measured.timing.seconds / 1e9 / self.memory_bandwidth
+
 
 @dataclass(frozen=True)
 class Report:
-    """Where and with what it was measured, and the rows."""
+    """Where and with what it was measured, the rows, and the cache regimes: before the first row, after the last."""
 
     options: Options
     started_by: str
     machine: dict[str, Any]
     about: dict[str, dict[str, str]]
     rows: list[Row]
+    regimes: list[Regime | None]
 
     @property
     def wrong(self) -> int:
@@ -122,7 +137,8 @@ def _measure(options: Options, world: World, listener: Listener) -> Report:
     ours, rivals = peers(options, world)
     facts = {**machine(), "cores_of_ranks": world.tell(cores_of_this_rank())}
     about = {peer.name if peer in rivals else f"abccl {peer.door}": peer.about() for peer in (*ours, *rivals)}
-    report = Report(options, world.launcher, facts, about, [])
+    probe = Probe(world)
+    report = Report(options, world.launcher, facts, about, [], [probe.measure()])
     todo = list(cases(options.collective, world.size, options.sizes, options.dtype, options.op, options.in_place))
     listener.begins(report, todo)
     try:
@@ -131,6 +147,7 @@ def _measure(options: Options, world: World, listener: Listener) -> Report:
             row = _measure_case(options, world, case, number, ours, rivals)
             report.rows.append(row)
             listener.has(row)
+        report.regimes.append(probe.measure())
     finally:
         listener.ends(report)
     return report
@@ -143,7 +160,7 @@ def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
         AbcclError: one can not be had here.
     """
     ours: list[Peer] = []
-    rivals: list[Peer] = [{"gloo": Gloo, "mpi": MPI}[name](world) for name in options.rivals]
+    rivals: list[Peer] = [MPI(world, options.persistent) if name == "mpi" else Gloo(world) for name in options.rivals]
     for rival in rivals:
         rival.door = options.door(rival.name)
     for door in options.doors():
@@ -151,13 +168,13 @@ def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
             if door == "torch":
                 ours.append(AbcclTorch(world, name))
             else:
-                ours.append(AbcclDirect(world, name, options.array or "numpy"))
+                ours.append(AbcclDirect(world, name, options.array or "numpy", options.persistent))
     return ours, rivals
 
 
 def _measure_case(options: Options, world: World, case: Case, number: int, ours: list[Peer], rivals: list[Peer]) -> Row:
     everyone = [*ours, *rivals]
-    buffers = Buffers(case, options.library)
+    buffers = Buffers(case, options.library, world.comm)
     calls = [[peer.prepare(case, buffers, root) for root in options.roots] for peer in everyone]
     wrong = [0] * len(everyone)
 
@@ -180,7 +197,11 @@ def _measure_case(options: Options, world: World, case: Case, number: int, ours:
             refill()
             peer.first(call, case)
     meter = Meter(world.comm.barrier, world.slowest, world.all, isolated=options.loop == "isolated")
-    timings = meter.measure([Subject(of_peer, refill, limit) for of_peer in calls], options.budget)
+    subjects = [Subject(of_peer, refill, limit) for of_peer in calls]
+    if options.roofline:
+        a, b = operands(case, world.rank)
+        subjects.append(Subject([addition(a, b)], lambda: None, None))
+    timings = meter.measure(subjects, options.budget)
     if options.check:
         check(2 * number + 1, -1)
     totals = [world.total(number) if options.check else None for number in wrong]
@@ -188,7 +209,8 @@ def _measure_case(options: Options, world: World, case: Case, number: int, ours:
         Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case), timing, total)
         for peer, timing, total in zip(everyone, timings, totals)
     ]
-    return Row(case, tuple(measured[: len(ours)]), tuple(measured[len(ours) :]))
+    roofline = timings[-1] if options.roofline else None
+    return Row(case, tuple(measured[: len(ours)]), tuple(measured[len(ours) :]), roofline)
 
 
 def _check(peer: Peer, call: Call, case: Case, buffers: Buffers, world: World, root: int, seed: int) -> int:

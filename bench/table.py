@@ -1,15 +1,9 @@
-"""What is shown and kept: the table as it grows, and the same as JSON and CSV."""
+"""What is shown: the table as it grows, with what must be known to read it."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -19,10 +13,8 @@ from ..algorithms import Collective
 from .collectives import Case, in_words
 from .machine import BUSY
 from .options import Options
-from .run import Listener, Measured, Report, Row, geometric_mean
-
-CAP = 10.0
-"""A ratio counts for no more in the capped mean."""
+from .record import CAP, means
+from .run import Listener, Measured, Report, Row
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,10 @@ def columns(options: Options, rivals: list[str], several_doors: bool) -> list[Co
         Column("time us", 10, lambda row, ours: microseconds(ours.timing.seconds)),
         Column("algbw", 7, lambda row, ours: bandwidth(row.case.algbw(ours.timing.seconds))),
         Column("busbw", 7, lambda row, ours: bandwidth(row.case.busbw(ours.timing.seconds))),
-        Column("#wrong", 6, lambda row, ours: _wrong(ours), _alarm),
     ]
+    if options.roofline:
+        found.append(Column("roofline", 8, _part))
+    found.append(Column("#wrong", 6, lambda row, ours: _wrong(ours), _alarm))
     for index, name in enumerate(rivals):
         found += _rival_columns(index, name)
     return found
@@ -80,6 +74,11 @@ def _algorithm(row: Row, ours: Measured) -> str:
     alike = [m for m in row.ours if m.door == ours.door]
     fastest = len(alike) > 1 and ours is min(alike, key=lambda m: m.timing.seconds)
     return ours.ran + (" *" if fastest else "")
+
+
+def _part(row: Row, ours: Measured) -> str:
+    part = row.part(ours)
+    return "" if part is None else f"{100 * part:.1f}%"
 
 
 def _wrong(measured: Measured) -> str:
@@ -155,8 +154,9 @@ def header(report: Report) -> list[str]:
     """Where, and how, and with what."""
     options, machine = report.options, report.machine
     form = "" if options.collective is Collective.BARRIER else ", in place" if options.in_place else ", out of place"
+    call = f"persistent {options.collective.value}" if options.persistent else options.collective.value
     lines = [
-        f"{options.collective.value}{form}, {options.ranks} rank{'s' * (options.ranks != 1)} started by "
+        f"{call}{form}, {options.ranks} rank{'s' * (options.ranks != 1)} started by "
         f"{report.started_by}; buffers allocated by {options.library}",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; Python {machine['python']}, "
         f"numpy {machine['numpy']}",
@@ -168,6 +168,10 @@ def header(report: Report) -> list[str]:
         settings = ", ".join(f"{key}={value}" for key, value in facts.items() if key != "version")
         lines.append(f"{_who(name)}: {facts['version']}{settings and '; '}{settings}")
     lines += [_loop(options), "time: median over rounds, peers in turn, of the slowest rank; bandwidths in GB/s (1e9)"]
+    if options.roofline:
+        lines.append("roofline: the part that is reached of the bandwidth of a += b on all ranks at once; see --help")
+    if report.regimes[0] is not None:
+        lines.append(f"cores of ranks 0 and 1 at the start: {report.regimes[0].text}")
     if (options.ranks or 0) > (machine["cores"] or 1):
         lines.append(f"warning: {options.ranks} ranks on {machine['cores']} cores")
     if machine["load_average"] > BUSY:
@@ -192,6 +196,9 @@ def _loop(options: Options) -> str:
 def footer(report: Report) -> list[str]:
     """The means, and whether all was right."""
     lines = []
+    if len(report.regimes) > 1 and report.regimes[0] is not None and report.regimes[1] is not None:
+        flipped = "; the regime changed" if report.regimes[0].name != report.regimes[1].name else ""
+        lines.append(f"cores of ranks 0 and 1 at the end: {report.regimes[1].text}{flipped}")
     for mean in means(report):
         way = f" ({mean['through']}, {mean['algorithm']})" if mean["one_of_several"] else ""
         lines.append(
@@ -203,103 +210,6 @@ def footer(report: Report) -> list[str]:
         lines.append("results were not checked")
     elif report.wrong:
         lines.append(f"WRONG: {report.wrong} elements")
-    else:
+    elif report.rows:
         lines.append("all results right")
     return lines
-
-
-def means(report: Report) -> list[dict[str, Any]]:
-    """The geometric means of the ratios, for each rival and each way of abccl."""
-    found = []
-    for index, name in enumerate(report.options.rivals):
-        for which in range(len(report.rows[0].ours) if report.rows else 0):
-            pairs = [(row.ratio(row.rivals[index], row.ours[which]), row.case.size) for row in report.rows]
-            ratios = [(ratio, size) for ratio, size in pairs if ratio is not None]
-            if not ratios:
-                continue
-            ours, plain = report.rows[0].ours[which], [ratio for ratio, _ in ratios]
-            found.append(
-                {
-                    "library": name,
-                    "through": ours.door,
-                    "algorithm": ours.algorithm,
-                    "one_of_several": len(report.rows[0].ours) > 1,
-                    "geometric_mean": geometric_mean(plain),
-                    "geometric_mean_capped": geometric_mean(plain, CAP),
-                    "smallest": min(ratios)[0],
-                    "smallest_at": min(ratios)[1],
-                }
-            )
-    return found
-
-
-def as_data(report: Report) -> dict[str, Any]:
-    """All of it, with every round's time."""
-    options = report.options
-    return {
-        "command": options.command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "collective": options.collective.value,
-        "ranks": options.ranks,
-        "started_by": report.started_by,
-        "in_place": options.in_place,
-        "root": options.root,
-        "loop": options.loop,
-        "buffers": options.library,
-        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
-        "machine": report.machine,
-        "libraries": report.about,
-        "rows": [_row_as_data(row) for row in report.rows],
-        "means": means(report),
-        "wrong": report.wrong if options.check else None,
-    }
-
-
-def _row_as_data(row: Row) -> dict[str, Any]:
-    case = row.case
-    dtype = case.dtype if case.count else None
-    shared = {"size": case.size, "count": case.count, "type": dtype, "redop": case.op or None}
-    figures = []
-    for measured in (*row.ours, *row.rivals):
-        seconds = measured.timing.seconds
-        figures.append(
-            {
-                "library": measured.library,
-                "through": measured.door if measured.library == "abccl" else None,
-                "algorithm": measured.algorithm if measured.library == "abccl" else None,
-                "ran": measured.ran or None,
-                "time_us": seconds * 1e6,
-                "algbw": case.algbw(seconds),
-                "busbw": case.busbw(seconds),
-                "wrong": measured.wrong,
-                "calls": measured.timing.calls,
-                "rounds_us": [time * 1e6 for time in measured.timing.rounds],
-                "medians_of_ranks_us": [time * 1e6 for time in measured.timing.by_rank],
-            }
-        )
-    ratios = [
-        {"library": rival.library, "through": ours.door, "algorithm": ours.algorithm, "ratio": ratio}
-        for rival in row.rivals
-        for ours in row.ours
-        if (ratio := row.ratio(rival, ours)) is not None
-    ]
-    return {**shared, "measured": figures, "ratios": ratios}
-
-
-def write_json(report: Report, path: Path) -> None:
-    """Write everything."""
-    path.write_text(json.dumps(as_data(report), indent=1) + "\n", encoding="utf-8")
-
-
-def write_csv(report: Report, path: Path) -> None:
-    """Write a line for each library and size, without the rounds."""
-    left_out = {"rounds_us", "medians_of_ranks_us"}
-    lines = []
-    for row in as_data(report)["rows"]:
-        shared = {name: value for name, value in row.items() if name not in ("measured", "ratios")}
-        for measured in row["measured"]:
-            lines.append({**shared, **{name: value for name, value in measured.items() if name not in left_out}})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-        writer.writeheader()
-        writer.writerows(lines)

@@ -280,6 +280,10 @@ def test_all_algorithms_are_those_that_run() -> None:
         ({"collective": Collective.REDUCE, "root": 0, "loop": "latency"}, "--loop isolated"),
         ({"sizes": (8, 4, 2)}, "must not be less"),
         ({"algorithms": ("all",), "rivals": ("gloo",)}, "do not name an algorithm"),
+        ({"persistent": True, "rivals": ("gloo",)}, "gloo with it, has no persistent collectives"),
+        ({"persistent": True, "through": "torch"}, "no persistent collectives"),
+        ({"persistent": True, "collective": Collective.GATHER}, "gather has no persistent form"),
+        ({"roofline": True, "collective": Collective.BARRIER}, "a barrier moves no data"),
     ],
 )
 def test_contradictions_are_refused(wrong: dict[str, Any], message: str) -> None:
