@@ -96,6 +96,7 @@ void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t to
         Outgoing& out = outgoing_[geometry_.channel(peer, lane)];
         out.ring = reinterpret_cast<Descriptor*>(mine + geometry_.descriptor(peer, lane));
         out.arena = mine + geometry_.arena(peer, lane);
+        out.cursors.resize(geometry_.slots);
         out.tail = &reinterpret_cast<Tail*>(base + geometry_.tail(rank_, lane))->value;
         Incoming& in = incoming_[geometry_.channel(peer, lane)];
         in.ring = reinterpret_cast<Descriptor*>(base + geometry_.descriptor(rank_, lane));
@@ -159,7 +160,9 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
     uint8_t* slot = nullptr;
     if (!is_inline && n == 1) {
         Outgoing& out = outgoing_[geometry_.channel(peers[0], lane)];
-        slot = out.arena + static_cast<size_t>(out.next % geometry_.slots) * geometry_.slot_bytes;
+        const uint32_t index = out.next % geometry_.slots;
+        slot = out.arena + static_cast<size_t>(index) * geometry_.slot_bytes +
+               out.cursors[index].place(bytes, geometry_.slot_bytes);
     } else if (!is_inline && !multicast_is_free(lane)) {
         // Each reader gets a copy in a slot of its own, for which there is room: replay proves schedules by the room
         // of pairs alone, so a multicast must never wait for more.
@@ -169,7 +172,8 @@ bool Endpoint::try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
     } else if (!is_inline) {
         const uint32_t index = multicast_next_[lane] % geometry_.slots;
         MulticastSlot& multicast = multicast_[lane * geometry_.slots + index];
-        slot = regions_[rank_]->base() + geometry_.multicast(lane) + static_cast<size_t>(index) * geometry_.slot_bytes;
+        slot = regions_[rank_]->base() + geometry_.multicast(lane) + static_cast<size_t>(index) * geometry_.slot_bytes +
+               multicast.cursor.place(bytes, geometry_.slot_bytes);
         multicast.readers.clear();
         for (uint32_t i = 0; i < n; ++i)
             multicast.readers.emplace_back(peers[i], outgoing_[geometry_.channel(peers[i], lane)].next + 1);

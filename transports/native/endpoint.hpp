@@ -20,10 +20,27 @@ using Deadline = Clock::time_point;
 
 enum class Outcome { blocked, moved, done };
 
+// Where in a slot of an arena the next message goes: behind the last one. A line that its reader has still in its cache
+// takes a round trip to be written again (measured: 64 KiB in 9.5 us, not 3.6), and a reader's cache forgets in the
+// end. So short messages walk through all of a slot.
+class Cursor {
+  public:
+    size_t place(size_t bytes, size_t slot_bytes) {
+        const size_t length = Geometry::round_up(bytes, cache_line);
+        const size_t at = next_ + length > slot_bytes ? 0 : next_;
+        next_ = static_cast<uint32_t>(at + length);
+        return at;
+    }
+
+  private:
+    uint32_t next_ = 0;
+};
+
 // The sender's side of a channel (pair of ranks, lane). Its counters are private, its ring and arena shared.
 struct Outgoing {
     Descriptor* ring;
     uint8_t* arena;
+    std::vector<Cursor> cursors;  // of the slots
     std::atomic<uint32_t>* tail;  // in the peer's region
     uint32_t next = 0;
     uint32_t seen_tail = 0;
@@ -38,6 +55,7 @@ struct Incoming {
 
 // A slot of the multicast arena is free again when all its readers' tails have passed.
 struct MulticastSlot {
+    Cursor cursor;
     std::vector<std::pair<uint32_t, uint32_t>> readers;  // (peer, number of the message on the peer's channel)
 };
 

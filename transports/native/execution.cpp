@@ -28,6 +28,8 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
     adapts_ = endpoint_.adapts() && plan.longest_message >= adaptive_from;
     way_ = {can_lend && registered, plan.longest_message >= from};
+    // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
+    first_lane_ = static_cast<uint32_t>(number % endpoint_.geometry().lanes);
     streaming_from_ = from;
     if (adapts_) {
         way_ = plan.protocol.next(way_, can_lend);
@@ -187,13 +189,13 @@ bool Execution::send(const Row& row, uint32_t lane_index, Lane& lane) {
     if (bytes == 0 && lane.segment > 0) return true;
     if (way_.lent && row.lends && bytes >= lend_from_ && endpoint_.can_lend(spans_.data(), row.count)) {
         numbers_.resize(row.readers);
-        if (!endpoint_.try_lend(&plan.peers[row.peers], row.readers, lane_index, signature(row, lane.segment),
+        if (!endpoint_.try_lend(&plan.peers[row.peers], row.readers, channel(lane_index), signature(row, lane.segment),
                                 spans_.data(), row.count, bytes, numbers_.data()))
             return false;
         for (uint32_t i = 0; i < row.readers; ++i) lane.lent[row.peers + i] = is_lent | numbers_[i];
         return true;
     }
-    return endpoint_.try_send(&plan.peers[row.peers], row.readers, lane_index, signature(row, lane.segment),
+    return endpoint_.try_send(&plan.peers[row.peers], row.readers, channel(lane_index), signature(row, lane.segment),
                               spans_.data(), row.count, bytes, streaming_from_);
 }
 
@@ -208,7 +210,7 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     const Descriptor* descriptor = nullptr;
     const uint8_t* data = nullptr;
     if (reg.holds) {
-        descriptor = endpoint_.try_receive(peer, lane_index);
+        descriptor = endpoint_.try_receive(peer, channel(lane_index));
         if (!descriptor) return false;
         if (descriptor->signature != signature(row, lane.segment))
             endpoint_.mismatch(peer, " (a message has the wrong signature)");
@@ -252,7 +254,8 @@ std::optional<Execution::Unread> Execution::unread(uint32_t lane_index, const La
         const Row& send = plan_->rows[row];
         for (uint32_t i = send.peers; send.lends && i < send.peers + send.readers; ++i) {
             const uint32_t peer = plan_->peers[i];
-            if (lane.lent[i] != 0 && !endpoint_.has_read(peer, lane_index, static_cast<uint32_t>(lane.lent[i])))
+            if (lane.lent[i] != 0 &&
+                !endpoint_.has_read(peer, channel(lane_index), static_cast<uint32_t>(lane.lent[i])))
                 return Unread{row, peer};
         }
         return std::nullopt;
@@ -266,7 +269,7 @@ std::optional<Execution::Unread> Execution::unread(uint32_t lane_index, const La
 
 void Execution::release(uint32_t lane_index, Lane& lane) {
     for (size_t r = 0; r < lane.filled; ++r)
-        if (lane.registers[r].holds) endpoint_.release(lane.registers[r].peer, lane_index);
+        if (lane.registers[r].holds) endpoint_.release(lane.registers[r].peer, channel(lane_index));
     lane.filled = 0;
 }
 

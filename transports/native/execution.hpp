@@ -42,6 +42,8 @@ class Execution {
     };
     static constexpr uint64_t is_lent = uint64_t{1} << 32;
 
+    // The channels' lane that this lane of the plan runs on.
+    uint32_t channel(uint32_t lane_index) const { return (first_lane_ + lane_index) % endpoint_.geometry().lanes; }
     bool run(uint32_t lane_index);
     bool send(const Row& row, uint32_t lane_index, Lane& lane);
     bool receive(const Row& row, uint32_t lane_index, Lane& lane);
@@ -67,6 +69,7 @@ class Execution {
     const uint8_t* input_ = nullptr;
     uint8_t* output_ = nullptr;
     uint32_t base_signature_ = 0;
+    uint32_t first_lane_ = 0;
     uint32_t unfinished_ = 0;
     bool adapts_ = false;  // the plan learns from this run
     Way way_{};
