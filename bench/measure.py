@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 ROUNDS, FEWEST_ROUNDS = 40, 5
+WARM_CALLS = 12
+"""Untimed calls for each root: libraries map memory, and find out how to move it, in the first few (OSU makes 10)."""
 LONGEST_BATCH = 1000
 WARM, TRIED = 0.002, 5
 """Seconds of calls in one try, and how often a fast subject is tried, to know how many calls fit its slice."""
@@ -121,7 +123,7 @@ class Meter:
     def _estimate(self, subject: Subject, order: Iterator[int]) -> float:
         """The seconds of a call: of a few tries the fastest, since one that was interrupted would say too much."""
         calls = 1
-        self._slice(subject, order, len(subject.calls))
+        self._slice(subject, order, WARM_CALLS * len(subject.calls))
         while (elapsed := self.slowest(self._slice(subject, order, calls))) < WARM and calls < LONGEST_BATCH:
             calls *= 4
         spent, fastest = elapsed, elapsed

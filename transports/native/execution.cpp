@@ -26,13 +26,14 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
     lend_from_ = endpoint_.way() ? inline_bytes + 1 : adaptive_from;
     const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
-    adapts_ = endpoint_.adapts() && plan.longest_message >= adaptive_from;
+    adapts_ = endpoint_.adapts() && !endpoint_.way() && plan.longest_message >= adaptive_from;
     way_ = {can_lend && registered, plan.longest_message >= from};
     // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
     first_lane_ = static_cast<uint32_t>(number % endpoint_.geometry().lanes);
     streaming_from_ = from;
     if (adapts_) {
-        way_ = plan.protocol.next(way_, can_lend);
+        const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
+        way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
         started_ = Clock::now();
     }
     if (endpoint_.way()) {

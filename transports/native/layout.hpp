@@ -70,6 +70,8 @@ struct Geometry {
     size_t descriptors_at() const { return round_up(sizeof(Control), 4096); }
     size_t tails_at() const { return descriptors_at() + sizeof(Descriptor) * slots * channels() * size; }
     size_t arena_at() const { return round_up(tails_at() + sizeof(Tail) * channels() * size, 4096); }
+    // Bytes of arena that the lanes of plans have for one peer.
+    size_t to_peer() const { return static_cast<size_t>(slot_bytes) * slots * lanes; }
     size_t multicast_at() const { return arena_at() + static_cast<size_t>(slot_bytes) * slots * channels() * size; }
     size_t bytes() const { return round_up(multicast_at() + static_cast<size_t>(slot_bytes) * slots * lanes, 4096); }
 

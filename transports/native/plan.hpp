@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "protocol.hpp"
 #include "types.hpp"
 
 namespace abccl {
@@ -49,43 +50,6 @@ struct PlanParameters {
     uint32_t signature;
     std::string text;
     std::vector<std::string> names;  // of blocks
-};
-
-// How a plan's longer messages travel: a choice of each rank for each run.
-struct Way {
-    bool lent;       // read where they lie, if both ends can; else copied into the sender's arena
-    bool streaming;  // what is written for the peer to read goes past the cache
-    int number() const { return lent * 2 + streaming; }
-    static Way of(int number) { return {number >= 2, number % 2 == 1}; }
-};
-
-// Decides on the way by how long the plan's runs took. Which is the fastest depends on what the ranks' cores share, and
-// a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. So all are tried at first, and one
-// of the others every 64th run. All ranks make the same runs, so they try together; they need not agree.
-class Protocol {
-  public:
-    Way next(Way at_first, bool can_lend) {
-        const int ways = can_lend ? 4 : 2;
-        if (runs_ == 0 || way_ >= ways) way_ = at_first.number();
-        // The other ways are this one's number with some of its two bits changed.
-        const uint32_t others = static_cast<uint32_t>(ways) - 1;
-        uint32_t other = 0;
-        if (runs_ >= 2 && runs_ < 2 + others) other = runs_ - 1;
-        if (runs_ % 64 == 63) other = 1 + runs_ / 64 % others;
-        tried_ = way_ ^ static_cast<int>(other);
-        return Way::of(tried_);
-    }
-    void took(double seconds) {
-        double& cost = cost_[tried_];
-        // The first run touches the memory. One sample that was descheduled should not decide.
-        if (runs_++ > 0) cost = cost == 0 ? seconds : 0.5 * cost + 0.5 * (seconds < 2 * cost ? seconds : 2 * cost);
-        if (cost != 0 && cost < 0.85 * cost_[way_]) way_ = tried_;
-    }
-
-  private:
-    uint32_t runs_ = 0;
-    int way_ = 0, tried_ = 0;
-    double cost_[4] = {0, 0, 0, 0};
 };
 
 class Plan {

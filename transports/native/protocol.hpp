@@ -1,0 +1,43 @@
+// How a plan's longer messages travel, and how the plan finds out which way is the fastest.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace abccl {
+
+// A choice of each rank for each run.
+struct Way {
+    static constexpr int count = 4;
+
+    bool lent;       // read where they lie, if both ends can; else copied into the sender's arena
+    bool streaming;  // what is written for the peer to read goes past the cache
+
+    int number() const { return lent * 2 + streaming; }
+    static Way of(int number) { return {number >= 2, number % 2 == 1}; }
+};
+
+// Decides on the way by how long the plan's runs took. Which is the fastest depends on what the ranks' cores share, and
+// a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. What a way leaves in the caches
+// slows the next one down at first, so ways are measured in windows of runs, by the median of the last few. All
+// are tried in the first windows, and one of them in every 32nd later on. All ranks make the same runs, so they try
+// together; they need not agree.
+class Protocol {
+  public:
+    // `run_bytes` go to a peer in a run, through its `arena_bytes`.
+    Way next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes);
+    void took(double seconds);
+
+  private:
+    static constexpr uint32_t shortest_window = 2, longest_window = 256, samples = 5, trial_every = 32;
+    static constexpr size_t walks = 4;  // through the arena in a window
+
+    uint32_t window_ = 0;  // runs; 0 before the first
+    uint32_t run_ = 0;     // of the window
+    uint32_t windows_ = 0;
+    int ways_ = 0, best_ = 0, current_ = 0;
+    double last_[samples] = {};     // seconds of the window's last runs
+    double cost_[Way::count] = {};  // seconds; 0: not known
+};
+
+}  // namespace abccl
