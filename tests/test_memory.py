@@ -137,5 +137,39 @@ def test_what_is_lent_is_not_copied(here: ModuleType, ranks: int) -> None:
     assert min(touched for _, _, touched in staged) >= 128 << 10
 
 
+def moves(count: int) -> tuple[bool, int, int]:
+    """Processes: parts of `count` elements come to where they belong; how much of the arena was touched, and how much
+    after uneven ones."""
+    communicator = abccl.init()
+    rank, size = communicator.rank, communicator.size
+    expected = np.repeat(np.arange(1, size + 1, dtype=np.float32), count)
+    part, whole = np.full(count, rank + 1, np.float32), np.zeros(size * count, np.float32)
+    exchanged, same = np.zeros_like(whole), np.full(count, rank + 1, np.float32)
+    right = True
+    for _ in range(12):  # all ways
+        whole[:] = exchanged[:] = same[:] = 0
+        communicator.all_gather(whole, part)
+        communicator.all_to_all(exchanged, np.repeat(part[:1], size * count))
+        same[:] = rank + 1
+        communicator.broadcast(same, root=size - 1)
+        right &= bool((whole == expected).all() and (exchanged == expected).all() and (same == size).all())
+    fd = communicator._transport._region.fd  # type: ignore[attr-defined]
+    touched = os.fstat(fd).st_blocks * 512
+    counts = [count] * (size - 1) + [count + 1]
+    uneven = np.zeros(sum(counts), np.float32)
+    communicator.all_gather(uneven, np.full(counts[rank], rank + 1, np.float32), counts=counts)
+    right &= bool((uneven == np.append(expected, size)).all())
+    communicator.barrier()
+    return right, touched, os.fstat(fd).st_blocks * 512
+
+
+def test_long_parts_are_read_where_they_lie(here: ModuleType, ranks: int) -> None:
+    """In one piece and without a copy; but for uneven ones, whose pieces all ranks must cut alike."""
+    outcomes = abccl.spawn(moves, ranks, ((5 << 20) // 4 + 3,))
+    assert all(right for right, _, _ in outcomes)
+    assert not _may_pull() or all(touched < 128 << 10 for _, touched, _ in outcomes)
+    assert all(after >= 128 << 10 for _, _, after in outcomes)
+
+
 def _may_pull() -> bool:
     return shm_threads(2)[0].pulls

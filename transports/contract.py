@@ -109,6 +109,10 @@ class Transport(ABC):
     slot_bytes: int
     """The longest message of a plan. (Messages of the verbs have no limit.)"""
 
+    lent_bytes: int = 0
+    """The longest message of a plan in which every message can be read where it lies, in all ranks' memory; 0 if none
+    can. It is longer than a slot where that pays."""
+
     lanes: int
     """How many segments of a plan may be under way at a time."""
 

@@ -138,12 +138,13 @@ struct Mode {
     bool streaming, queued;
     int way;  // of Way; -1 copies by `streaming`
     bool registered, in_place;
+    bool lends_all = false;
 };
 
-constexpr Mode modes[] = {{false, false, -1, false, false}, {true, false, -1, false, false},
-                          {false, true, -1, false, true},   {false, false, 2, true, false},
-                          {false, false, 3, true, true},    {false, true, 2, false, false},
-                          {false, false, 3, false, true}};
+constexpr Mode modes[] = {
+    {false, false, -1, false, false}, {true, false, -1, false, false},       {false, true, -1, false, true},
+    {false, false, 2, true, false},   {false, false, 3, true, true},         {false, true, 2, false, false},
+    {false, false, 3, false, true},   {false, false, -1, false, true, true}, {true, true, 1, false, false, true}};
 
 // Memory of the user's: registered or not, for 5 runs at once.
 struct Memory {
@@ -172,10 +173,13 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
         Communicator& c = *ranks[r];
         c.endpoint.set_streaming_from(mode.streaming ? 49 : SIZE_MAX);
         c.endpoint.set_pull(true);
+        if (mode.lends_all) c.endpoint.adapt();
         if (mode.way >= 0) c.endpoint.set_way(mode.way);
-        auto plan = std::make_shared<Plan>(
-            make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64),
-            lanes, 256);
+        // A segment of 2000 elements fits no slot.
+        PlanParameters parameters = make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count,
+                                              static_cast<int32_t>(lanes), mode.lends_all ? 2000 : 64);
+        parameters.lends_all = mode.lends_all;
+        auto plan = std::make_shared<Plan>(std::move(parameters), lanes, 256);
         Memory memory(c, mode.registered, elements);
         float* input = memory[5];
         std::copy(inputs[r].begin(), inputs[r].end(), input);
@@ -287,6 +291,8 @@ void test_broken_plans() {
             const size_t at = random() % p.code.size();
             p.code[at] = random() % 3 ? static_cast<int32_t>(random() % 12) - 2 : static_cast<int32_t>(random());
         }
+        p.lends_all = random() % 4 == 0;
+        if (p.lends_all && random() % 2) p.segment = 100;
         if (random() % 4 == 0) p.code.resize(random() % p.code.size());
         if (random() % 4 == 0)
             p.table[random() % p.table.size()] = static_cast<int64_t>(random()) * (random() % 2 ? 1 : -1);
@@ -317,7 +323,9 @@ int main() {
                 for (uint32_t lanes : {1u, 2u})
                     for (const Mode& mode : modes) {
                         // This one_shot lends what its step changes if that lies in place.
-                        if (maker == Maker(one_shot) && (size == 1 || (mode.in_place && mode.way >= 2))) continue;
+                        if (maker == Maker(one_shot) &&
+                            (size == 1 || (mode.in_place && (mode.way >= 2 || mode.lends_all))))
+                            continue;
                         test_all_reduce(maker, size, count, lanes, mode);
                     }
     {

@@ -207,12 +207,12 @@ bool Endpoint::try_lend(const uint32_t* peers, uint32_t n, uint32_t lane, uint32
     for (size_t i = 0; i < span_count; ++i)
         if (spans[i].bytes != 0) registered = registered && in_heap(spans[i].data);
     const uint64_t origin = registered ? reinterpret_cast<uint64_t>(heap_->base()) : 0;
-    uint64_t parts[lent_parts] = {};
+    uint64_t parts[lent_parts];
     for (size_t i = 0; i < span_count; ++i)
-        if (spans[i].bytes != 0) parts[i] = reinterpret_cast<uint64_t>(spans[i].data) - origin;
+        parts[i] = spans[i].bytes != 0 ? reinterpret_cast<uint64_t>(spans[i].data) - origin : 0;
     for (uint32_t i = 0; i < n; ++i) {
         Descriptor& descriptor = next_descriptor(peers[i], lane, signature, bytes, registered ? direct : pulled);
-        std::memcpy(descriptor.payload, parts, sizeof(parts));
+        std::memcpy(descriptor.payload, parts, span_count * sizeof(uint64_t));
         publish(peers[i], lane);
         numbers[i] = outgoing_[geometry_.channel(peers[i], lane)].next;
     }

@@ -3,13 +3,14 @@
 #include <algorithm>
 
 #include "copy.hpp"
+#include "failure.hpp"
 #include "fold.hpp"
 
 namespace abccl {
 namespace {
 
-// Shorter messages are not worth two looks at the clock, nor a wait for their readers.
-constexpr size_t adaptive_from = 8192;
+// Shorter messages are not worth a wait for their readers.
+constexpr size_t lend_from = 8192;
 
 // Of a fold past the cache: the sum is made in the first-level cache, and goes to memory from there.
 constexpr size_t tile_bytes = 8192;
@@ -24,24 +25,30 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
     const size_t from = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
-    lend_from_ = endpoint_.way() ? inline_bytes + 1 : adaptive_from;
-    const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
-    adapts_ = endpoint_.adapts() && !endpoint_.way() && plan.longest_message >= adaptive_from;
-    way_ = {can_lend && registered, plan.longest_message >= from};
+    const bool must_lend = plan.parameters.lends_all;
+    if (must_lend && !endpoint_.pulls())
+        throw Failure(Kind::argument, "the plan lends all, and not all ranks may read each other's memory");
+    lend_from_ = std::min<size_t>(endpoint_.way() ? inline_bytes + 1 : lend_from, endpoint_.geometry().slot_bytes + 1);
+    const bool can_lend =
+        must_lend || (plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls()));
+    const bool adapts = endpoint_.adapts() && !endpoint_.way() && plan.longest_message > inline_bytes;
+    measures_ = false;
+    way_ = {must_lend || (can_lend && registered), plan.longest_message >= from};
     // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
     first_lane_ = static_cast<uint32_t>(number % endpoint_.geometry().lanes);
     streaming_from_ = from;
-    if (adapts_) {
+    if (adapts) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
-        way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
-        started_ = Clock::now();
+        way_ = plan.protocol.next(way_, must_lend ? Way::staged : 0, can_lend ? Way::count : Way::staged, run_bytes,
+                                  endpoint_.geometry().to_peer());
+        measures_ = plan.protocol.measures();
+        if (measures_) started_ = Clock::now();
     }
     if (endpoint_.way()) {
         way_ = Way::of(*endpoint_.way());
-        way_.lent = way_.lent && can_lend;
+        way_.lent = must_lend || (way_.lent && can_lend);
     }
-    if (adapts_ || endpoint_.way())
-        streaming_from_ = way_.streaming ? std::min(lend_from_, adaptive_from / 2) : SIZE_MAX;
+    if (adapts || endpoint_.way()) streaming_from_ = way_.streaming ? inline_bytes + 1 : SIZE_MAX;
     const size_t needed = plan.scratch_bytes() + cache_line;
     if (needed > scratch_bytes_) {
         scratch_.reset(new uint8_t[needed]);
@@ -80,8 +87,7 @@ Outcome Execution::progress() {
             std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
             for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
         }
-        if (adapts_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
-        adapts_ = false;
+        if (measures_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
         endpoint_.finish();
         return Outcome::done;
     }

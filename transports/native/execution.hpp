@@ -71,7 +71,7 @@ class Execution {
     uint32_t base_signature_ = 0;
     uint32_t first_lane_ = 0;
     uint32_t unfinished_ = 0;
-    bool adapts_ = false;  // the plan learns from this run
+    bool measures_ = false;  // the plan wants to know how long this run takes
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;

@@ -44,6 +44,7 @@ struct PlanParameters {
     int32_t scratch, registers;
     int64_t segment, segments;
     int32_t lanes;
+    bool lends_all = false;  // its longer messages fit no slot
     Type type;
     Op op;
     double factor;

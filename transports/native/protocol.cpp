@@ -1,40 +1,40 @@
 #include "protocol.hpp"
 
-#include <algorithm>
-
 namespace abccl {
 
-Way Protocol::next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes) {
-    const int ways = can_lend ? Way::count : Way::count / 2;
-    if (ways != ways_) {
+Way Protocol::next(Way at_first, int first, int end, size_t run_bytes, size_t arena_bytes) {
+    if (first != first_ || end != end_) {
         *this = Protocol();
-        ways_ = ways;
+        first_ = first;
+        end_ = end;
         best_ = current_ = at_first.number();
         // A long run goes through all of the arena by itself.
         const size_t runs = shortest_window + walks * arena_bytes / std::max<size_t>(run_bytes, 1);
         window_ = static_cast<uint32_t>(std::min<size_t>(runs, longest_window));
     }
+    if (run_ == window_) end_window();
+    ++run_;
     return Way::of(current_);
 }
 
-void Protocol::took(double seconds) {
-    last_[run_ % samples] = seconds;
-    if (++run_ < window_) return;
+void Protocol::end_window() {
     run_ = 0;
     ++windows_;
-    const uint32_t taken = std::min(samples, window_ - 1);
     double last[samples];
-    for (uint32_t i = 0; i < taken; ++i) last[i] = last_[(window_ - 1 - i) % samples];
-    double* median = last + (taken - 1) / 2;
-    std::nth_element(last, median, last + taken);
+    for (uint32_t i = 0; i < taken(); ++i) last[i] = last_[(window_ - i) % samples];
+    double* median = last + (taken() - 1) / 2;
+    std::nth_element(last, median, last + taken());
     cost_[current_] = *median;
-    for (int way = 0; way < ways_; ++way)
+    for (int way = first_; way < end_; ++way)
         if (cost_[way] != 0 && cost_[way] < 0.9 * cost_[best_]) best_ = way;
-    const uint32_t ways = static_cast<uint32_t>(ways_);
+    const uint32_t ways = static_cast<uint32_t>(end_ - first_);
     // The first window touched the memory: its way gets a second one.
-    current_ = windows_ <= ways              ? static_cast<int>(windows_ - 1)
-               : windows_ % trial_every == 0 ? static_cast<int>(windows_ / trial_every % ways)
-                                             : best_;
+    if (windows_ <= ways)
+        current_ = first_ + static_cast<int>(windows_ - 1);
+    else if (windows_ % trial_every == 0)
+        current_ = first_ + static_cast<int>(windows_ / trial_every % ways);
+    else
+        current_ = best_;
 }
 
 }  // namespace abccl

@@ -1,6 +1,7 @@
 // How a plan's longer messages travel, and how the plan finds out which way is the fastest.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -8,7 +9,7 @@ namespace abccl {
 
 // A choice of each rank for each run.
 struct Way {
-    static constexpr int count = 4;
+    static constexpr int count = 4, staged = 2;  // ways; the first of them that do not lend
 
     bool lent;       // read where they lie, if both ends can; else copied into the sender's arena
     bool streaming;  // what is written for the peer to read goes past the cache
@@ -24,18 +25,25 @@ struct Way {
 // together; they need not agree.
 class Protocol {
   public:
-    // `run_bytes` go to a peer in a run, through its `arena_bytes`.
-    Way next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes);
-    void took(double seconds);
+    // The way of the next run, a number from `first` to below `end`. `run_bytes` go to a peer in a run, through its
+    // `arena_bytes`.
+    Way next(Way at_first, int first, int end, size_t run_bytes, size_t arena_bytes);
+    // Whether `took` is to be told of this run; a look at the clock is not free.
+    bool measures() const { return run_ > window_ - taken(); }
+    void took(double seconds) { last_[run_ % samples] = seconds; }
 
   private:
     static constexpr uint32_t shortest_window = 2, longest_window = 256, samples = 5, trial_every = 32;
     static constexpr size_t walks = 4;  // through the arena in a window
 
+    uint32_t taken() const { return std::min(samples, window_ - 1); }
+    void end_window();
+
     uint32_t window_ = 0;  // runs; 0 before the first
-    uint32_t run_ = 0;     // of the window
+    uint32_t run_ = 0;     // of the window, from 1
     uint32_t windows_ = 0;
-    int ways_ = 0, best_ = 0, current_ = 0;
+    int first_ = 0, end_ = 0;
+    int best_ = 0, current_ = 0;
     double last_[samples] = {};     // seconds of the window's last runs
     double cost_[Way::count] = {};  // seconds; 0: not known
 };
