@@ -54,6 +54,7 @@ class Plan:
         segment: int,
         segments: int,
         lanes: int,
+        lends_all: bool,
         type: int,
         op: int,
         factor: float,
