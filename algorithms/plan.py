@@ -374,11 +374,6 @@ class Plan:
     output_count: int
 
     @property
-    def message_bytes(self) -> int:
-        """The longest message that any rank may send."""
-        return max(1, self.skeleton.largest) * self.segment * self.itemsize
-
-    @property
     def scratch_bytes(self) -> int:
         """The scratch memory that all lanes need together."""
         return self.lanes * self.skeleton.scratch * self.segment * self.itemsize

@@ -23,10 +23,6 @@ from .choice import choose
 FORWARDING_FREE = ("direct", "pairwise")
 """The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
 
-LENT_FROM = 2 << 20
-"""Bytes of a block from which on a plan that can lend all its messages does. Shorter ones may be faster through slots,
-between cores that share a cache."""
-
 _PROVED_UP_TO = 64
 _LIBRARY = Algorithm.__module__.rpartition(".")[0]
 _NOTHING = View("", "uint8", 0, 1, 0)
@@ -104,19 +100,18 @@ class Binder:
         kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
         chosen = self._choose(collective, source, target, uneven, algorithm)
         sizes = self._sizes(collective, source, target, uneven, chosen)
-        skeleton = self._skeleton(chosen, int(root), scaling)
-        longest = self._longest_message(skeleton, sizes, known.itemsize, uneven)
         plan = bind(
-            skeleton,
+            self._skeleton(chosen, int(root), scaling),
             sizes,
             known.itemsize,
-            slot_bytes=longest,
+            slot_bytes=self._transport.slot_bytes,
             lanes=self._transport.lanes,
             counts=(source.count if source else 0, target.count if target else 0),
         )
         text = self._describe(collective, source, target, uneven, int(root), chosen)
-        signature = zlib.crc32(f"{text} {plan.lanes} {longest}".encode())
-        operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text)
+        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
+        straight = chosen.name in FORWARDING_FREE and _is_ours(chosen) and not collective.reduces
+        operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text, straight)
         return self._transport.prepare(plan, operation)
 
     def _views(
@@ -263,15 +258,6 @@ class Binder:
             what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
         details = [known.dtype, *([str(uneven.op)] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
         return f"{collective.value}({', '.join(details)}, {chosen.name})"
-
-    def _longest_message(self, skeleton: Skeleton, sizes: Sizes, itemsize: int, uneven: Uneven) -> int:
-        """Bytes. All ranks come to the same: uneven parts, of which a rank may not know the largest, go by slots."""
-        slot, lent, algorithm = self._transport.slot_bytes, self._transport.lent_bytes, skeleton.algorithm
-        straight = algorithm.name in FORWARDING_FREE and _is_ours(algorithm) and not algorithm.collective.reduces
-        if not straight or lent <= slot or uneven.counts is not None or uneven.sent is not None:
-            return slot
-        block = max((sizes(block).count for block in skeleton.blocks), default=0) * itemsize
-        return lent if block >= LENT_FROM else slot
 
     def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:
         key = (algorithm, root, scaling)

@@ -137,38 +137,36 @@ def test_what_is_lent_is_not_copied(here: ModuleType, ranks: int) -> None:
     assert min(touched for _, _, touched in staged) >= 128 << 10
 
 
-def moves(count: int) -> tuple[bool, int, int]:
-    """Processes: parts of `count` elements come to where they belong; how much of the arena was touched, and how much
-    after uneven ones."""
+def moves(protocol: str | None, count: int) -> tuple[bool, int]:
+    """Processes: long parts come to where they belong, also uneven ones; how much of the arena was touched."""
     communicator = abccl.init()
+    transport: Any = communicator._transport
+    transport.set_protocol(protocol)
     rank, size = communicator.rank, communicator.size
-    expected = np.repeat(np.arange(1, size + 1, dtype=np.float32), count)
-    part, whole = np.full(count, rank + 1, np.float32), np.zeros(size * count, np.float32)
-    exchanged, same = np.zeros_like(whole), np.full(count, rank + 1, np.float32)
+    values = np.arange(1, size + 1, dtype=np.float32)
+    counts = [count] * (size - 1) + [count + 1000]
+    whole, uneven = np.zeros(size * count, np.float32), np.zeros(sum(counts), np.float32)
+    exchanged, same = np.zeros_like(whole), np.zeros(count, np.float32)
     right = True
-    for _ in range(12):  # all ways
-        whole[:] = exchanged[:] = same[:] = 0
-        communicator.all_gather(whole, part)
-        communicator.all_to_all(exchanged, np.repeat(part[:1], size * count))
+    for _ in range(12):  # enough to try all ways
+        whole[:] = uneven[:] = exchanged[:] = 0
+        communicator.all_gather(whole, np.full(count, rank + 1, np.float32))
+        communicator.all_gather(uneven, np.full(counts[rank], rank + 1, np.float32), counts=counts)
+        communicator.all_to_all(exchanged, np.full(size * count, rank + 1, np.float32))
         same[:] = rank + 1
         communicator.broadcast(same, root=size - 1)
-        right &= bool((whole == expected).all() and (exchanged == expected).all() and (same == size).all())
-    fd = communicator._transport._region.fd  # type: ignore[attr-defined]
-    touched = os.fstat(fd).st_blocks * 512
-    counts = [count] * (size - 1) + [count + 1]
-    uneven = np.zeros(sum(counts), np.float32)
-    communicator.all_gather(uneven, np.full(counts[rank], rank + 1, np.float32), counts=counts)
-    right &= bool((uneven == np.append(expected, size)).all())
+        right &= bool((whole == np.repeat(values, count)).all() and (exchanged == whole).all())
+        right &= bool((uneven == np.repeat(values, counts)).all() and (same == size).all())
     communicator.barrier()
-    return right, touched, os.fstat(fd).st_blocks * 512
+    return right, os.fstat(transport._region.fd).st_blocks * 512
 
 
-def test_long_parts_are_read_where_they_lie(here: ModuleType, ranks: int) -> None:
-    """In one piece and without a copy; but for uneven ones, whose pieces all ranks must cut alike."""
-    outcomes = abccl.spawn(moves, ranks, ((5 << 20) // 4 + 3,))
-    assert all(right for right, _, _ in outcomes)
-    assert not _may_pull() or all(touched < 128 << 10 for _, touched, _ in outcomes)
-    assert all(after >= 128 << 10 for _, _, after in outcomes)
+@pytest.mark.parametrize("protocol", ["lent", "lent_streaming", None])
+def test_long_parts(here: ModuleType, ranks: int, protocol: str | None) -> None:
+    """All of a part in one piece if it is lent, and without a copy."""
+    outcomes = abccl.spawn(moves, ranks, (protocol, (1 << 20) // 4 + 3))
+    assert all(right for right, _ in outcomes)
+    assert protocol is None or not _may_pull() or all(touched < 128 << 10 for _, touched in outcomes)
 
 
 def _may_pull() -> bool:

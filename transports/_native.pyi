@@ -54,7 +54,7 @@ class Plan:
         segment: int,
         segments: int,
         lanes: int,
-        lends_all: bool,
+        straight: bool,
         type: int,
         op: int,
         factor: float,

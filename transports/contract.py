@@ -33,6 +33,8 @@ class Operation:
         factor: what SCALE multiplies by.
         signature: a 32-bit checksum of `text`; ranks whose signatures differ have called different things.
         text: "all_reduce(float32, sum, 1024 elements, ring)", for messages to people.
+        straight: whether on every rank messages go from the input of one to the output of another, and no further: an
+            engine may then move whole blocks, whatever their segments.
     """
 
     dtype: int
@@ -40,6 +42,7 @@ class Operation:
     factor: float
     signature: int
     text: str
+    straight: bool = False
 
 
 class Request(Protocol):
@@ -108,10 +111,6 @@ class Transport(ABC):
 
     slot_bytes: int
     """The longest message of a plan. (Messages of the verbs have no limit.)"""
-
-    lent_bytes: int = 0
-    """The longest message of a plan in which every message can be read where it lies, in all ranks' memory; 0 if none
-    can. It is longer than a slot where that pays."""
 
     lanes: int
     """How many segments of a plan may be under way at a time."""

@@ -32,9 +32,6 @@ Exchange = Callable[[bytes], list[bytes]]
 LANES = 4
 SLOTS = 4
 NEVER = 1 << 62
-LENT_BYTES = 4 << 20
-"""Of messages that are read where they lie. A call that reads another process's memory costs 2 us beside its copy:
-2 MiB take 188 us in calls of 128 KiB, 163 in those of 512 KiB and 155 in one."""
 CALIBRATION_ROUNDS = 7
 CALIBRATION_TIMEOUT = 60.0
 ARENA_BYTES = 8 << 20
@@ -182,22 +179,16 @@ class ShmTransport(Transport):
                 return message // 2
         return NEVER
 
-    @property
-    def lent_bytes(self) -> int:  # type: ignore[override]
-        """See `Transport.lent_bytes`."""
-        return LENT_BYTES if self.pulls and self._protocol not in ("cached", "streaming") else 0
-
     def set_protocol(self, name: str | None) -> None:
-        """One of PROTOCOLS for all plans; None lets each plan find out, which is the default. The same on all ranks.
+        """One of PROTOCOLS for all plans; None lets each plan find out, which is the default.
 
-        Messages that can not be lent are copied all the same. Plans that are bound already to lend all go on to.
+        Messages that can not be lent are copied all the same.
 
         Raises:
             ArgumentError: there is no such protocol.
         """
         if name is not None and name not in PROTOCOLS:
             raise ArgumentError(f"no protocol is called {name!r}: there are {', '.join(PROTOCOLS)}")
-        self._protocol = name
         self.native.set_way(None if name is None else PROTOCOLS.index(name))
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
@@ -215,7 +206,7 @@ class ShmTransport(Transport):
             segment=plan.segment,
             segments=plan.segments,
             lanes=plan.lanes,
-            lends_all=plan.message_bytes > self.slot_bytes,
+            straight=operation.straight,
             type=operation.dtype,
             op=operation.op,
             factor=operation.factor,

@@ -138,13 +138,12 @@ struct Mode {
     bool streaming, queued;
     int way;  // of Way; -1 copies by `streaming`
     bool registered, in_place;
-    bool lends_all = false;
 };
 
-constexpr Mode modes[] = {
-    {false, false, -1, false, false}, {true, false, -1, false, false},       {false, true, -1, false, true},
-    {false, false, 2, true, false},   {false, false, 3, true, true},         {false, true, 2, false, false},
-    {false, false, 3, false, true},   {false, false, -1, false, true, true}, {true, true, 1, false, false, true}};
+constexpr Mode modes[] = {{false, false, -1, false, false}, {true, false, -1, false, false},
+                          {false, true, -1, false, true},   {false, false, 2, true, false},
+                          {false, false, 3, true, true},    {false, true, 2, false, false},
+                          {false, false, 3, false, true}};
 
 // Memory of the user's: registered or not, for 5 runs at once.
 struct Memory {
@@ -173,13 +172,10 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
         Communicator& c = *ranks[r];
         c.endpoint.set_streaming_from(mode.streaming ? 49 : SIZE_MAX);
         c.endpoint.set_pull(true);
-        if (mode.lends_all) c.endpoint.adapt();
         if (mode.way >= 0) c.endpoint.set_way(mode.way);
-        // A segment of 2000 elements fits no slot.
-        PlanParameters parameters = make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count,
-                                              static_cast<int32_t>(lanes), mode.lends_all ? 2000 : 64);
-        parameters.lends_all = mode.lends_all;
-        auto plan = std::make_shared<Plan>(std::move(parameters), lanes, 256);
+        auto plan = std::make_shared<Plan>(
+            make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64),
+            lanes, 256);
         Memory memory(c, mode.registered, elements);
         float* input = memory[5];
         std::copy(inputs[r].begin(), inputs[r].end(), input);
@@ -200,6 +196,54 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
             expect(std::equal(sum.begin(), sum.end(), memory[run]), "all_reduce gives the sum");
         // Whoever ends must not take away what a peer still reads: a run ends when all have read.
         std::fill(input, input + elements, -1.0f);
+    });
+}
+
+// An all_gather whose blocks go straight to where they belong, in place: with lent ways, all segments in one piece.
+PlanParameters gather(int32_t rank, int32_t size, int64_t count, int32_t lanes, int64_t segment) {
+    PlanParameters p = blank(rank, size, count, lanes, segment);
+    p.straight = true;
+    p.output_count = count * size;
+    p.segments = std::max<int64_t>(1, (count + segment - 1) / segment);
+    for (int32_t b = 0; b < size; ++b) {
+        p.table.insert(p.table.end(), {count, b == rank ? 0 : -1, b * count});
+        p.names.push_back(std::to_string(b));
+    }
+    p.code = {0, 9, 1, size - 1};
+    for (int32_t peer = 0; peer < size; ++peer)
+        if (peer != rank) p.code.push_back(peer);
+    p.code.insert(p.code.end(), {1, 0, rank, 0, 0});  // SEND to all
+    int32_t reg = 0;
+    for (int32_t peer = 0; peer < size; ++peer)
+        if (peer != rank) p.code.insert(p.code.end(), {1, 9, peer, 1, peer});  // RECV
+    p.code.insert(p.code.end(), {3, 1, rank, 0, 0, 0, rank, 0, 0});            // COPY
+    for (int32_t peer = 0; peer < size; ++peer)
+        if (peer != rank) p.code.insert(p.code.end(), {3, 1, peer, 0, 0, 3, peer, reg++, 0});
+    p.code.push_back(5);
+    return p;
+}
+
+// Ranks need not agree on the way.
+void test_whole_blocks(uint32_t size, int64_t count, uint32_t lanes, bool mixed, bool registered) {
+    Ranks ranks = make(size, lanes, 256);
+    const size_t elements = static_cast<size_t>(count);
+    each(ranks, [&](uint32_t r) {
+        Communicator& c = *ranks[r];
+        c.endpoint.set_pull(true);
+        c.endpoint.set_way(mixed && r % 2 ? 0 : 2 + r % 2);
+        auto plan = std::make_shared<Plan>(
+            gather(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64), lanes,
+            256);
+        Memory input(c, registered, elements);
+        std::vector<float> output(elements * size);
+        for (int run = 0; run < 5; ++run) {
+            for (size_t i = 0; i < elements; ++i) input[0][i] = static_cast<float>(r * 1000 + run + i % 7);
+            c.run(plan, input[0], output.data(), patient);
+            bool right = true;
+            for (size_t i = 0; i < output.size(); ++i)
+                right &= output[i] == static_cast<float>(i / elements * 1000 + run + i % elements % 7);
+            expect(right, "all_gather gives all parts");
+        }
     });
 }
 
@@ -291,8 +335,7 @@ void test_broken_plans() {
             const size_t at = random() % p.code.size();
             p.code[at] = random() % 3 ? static_cast<int32_t>(random() % 12) - 2 : static_cast<int32_t>(random());
         }
-        p.lends_all = random() % 4 == 0;
-        if (p.lends_all && random() % 2) p.segment = 100;
+        p.straight = random() % 4 == 0;
         if (random() % 4 == 0) p.code.resize(random() % p.code.size());
         if (random() % 4 == 0)
             p.table[random() % p.table.size()] = static_cast<int64_t>(random()) * (random() % 2 ? 1 : -1);
@@ -323,15 +366,18 @@ int main() {
                 for (uint32_t lanes : {1u, 2u})
                     for (const Mode& mode : modes) {
                         // This one_shot lends what its step changes if that lies in place.
-                        if (maker == Maker(one_shot) &&
-                            (size == 1 || (mode.in_place && (mode.way >= 2 || mode.lends_all))))
-                            continue;
+                        if (maker == Maker(one_shot) && (size == 1 || (mode.in_place && mode.way >= 2))) continue;
                         test_all_reduce(maker, size, count, lanes, mode);
                     }
     {
         Ranks ranks = make(1, 1, 256);
         ranks[0]->run(std::make_shared<Plan>(blank_plan(), 1, 256), nullptr, nullptr, patient);
     }
+    for (uint32_t size : {2u, 3u, 4u})
+        for (int64_t count : {1, 100, 5001})
+            for (uint32_t lanes : {1u, 2u, 3u})
+                for (bool mixed : {false, true})
+                    for (bool registered : {false, true}) test_whole_blocks(size, count, lanes, mixed, registered);
     test_messages();
     test_failures();
     test_broken_plans();

@@ -40,7 +40,7 @@ std::vector<Item> items(const py::array_t<Item, py::array::c_style>& array) {
 std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& code,
                                 const py::array_t<int64_t, py::array::c_style>& table, int32_t rank, int32_t size,
                                 int64_t input_count, int64_t output_count, int32_t scratch, int32_t registers,
-                                int64_t segment, int64_t segments, int32_t lanes, bool lends_all, int32_t type,
+                                int64_t segment, int64_t segments, int32_t lanes, bool straight, int32_t type,
                                 int32_t op, double factor, uint32_t signature, std::string text,
                                 std::vector<std::string> names, const Communicator& communicator) {
     if (type < 0 || type >= type_count || op < 0 || op >= op_count)
@@ -56,7 +56,7 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
                               segment,
                               segments,
                               lanes,
-                              lends_all,
+                              straight,
                               static_cast<Type>(type),
                               static_cast<Op>(op),
                               factor,
@@ -156,7 +156,7 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
         .def(py::init(&make_plan), py::kw_only(), py::arg("code"), py::arg("table"), py::arg("rank"), py::arg("size"),
              py::arg("input_count"), py::arg("output_count"), py::arg("scratch"), py::arg("registers"),
-             py::arg("segment"), py::arg("segments"), py::arg("lanes"), py::arg("lends_all"), py::arg("type"),
+             py::arg("segment"), py::arg("segments"), py::arg("lanes"), py::arg("straight"), py::arg("type"),
              py::arg("op"), py::arg("factor"), py::arg("signature"), py::arg("text"), py::arg("names"),
              py::arg("communicator"))
         .def_property_readonly("text", [](const Plan& plan) { return plan.parameters.text; });

@@ -201,17 +201,18 @@ bool Endpoint::can_lend(const Span* spans, size_t span_count) const {
 }
 
 bool Endpoint::try_lend(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
-                        size_t span_count, size_t bytes, uint32_t* numbers) {
+                        size_t span_count, size_t bytes, bool whole, uint32_t* numbers) {
     if (!has_room(peers, n, lane)) return false;
-    bool registered = true;
+    bool registered = !whole;
     for (size_t i = 0; i < span_count; ++i)
         if (spans[i].bytes != 0) registered = registered && in_heap(spans[i].data);
     const uint64_t origin = registered ? reinterpret_cast<uint64_t>(heap_->base()) : 0;
     uint64_t parts[lent_parts];
     for (size_t i = 0; i < span_count; ++i)
         parts[i] = spans[i].bytes != 0 ? reinterpret_cast<uint64_t>(spans[i].data) - origin : 0;
+    const uint32_t where = registered ? direct : whole ? pulled_whole : pulled;
     for (uint32_t i = 0; i < n; ++i) {
-        Descriptor& descriptor = next_descriptor(peers[i], lane, signature, bytes, registered ? direct : pulled);
+        Descriptor& descriptor = next_descriptor(peers[i], lane, signature, bytes, where);
         std::memcpy(descriptor.payload, parts, span_count * sizeof(uint64_t));
         publish(peers[i], lane);
         numbers[i] = outgoing_[geometry_.channel(peers[i], lane)].next;

@@ -91,9 +91,10 @@ class Endpoint {
     bool try_send(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
                   size_t span_count, size_t bytes, size_t streaming_from);
     // Offers the spans as one message that each of the peers reads where they lie, or offers nothing: false if there is
-    // no room. They must not change before `has_read` says so of each peer, whose message gets numbers[i].
+    // no room. They must not change before `has_read` says so of each peer, whose message gets numbers[i]. `whole`:
+    // they are whole blocks, of ordinary memory.
     bool try_lend(const uint32_t* peers, uint32_t n, uint32_t lane, uint32_t signature, const Span* spans,
-                  size_t span_count, size_t bytes, uint32_t* numbers);
+                  size_t span_count, size_t bytes, bool whole, uint32_t* numbers);
     // Whether these spans can be lent: few enough, and all registered, or peers can pull.
     bool can_lend(const Span* spans, size_t span_count) const;
     bool has_read(uint32_t peer, uint32_t lane, uint32_t number) const {

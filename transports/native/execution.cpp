@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "copy.hpp"
-#include "failure.hpp"
 #include "fold.hpp"
 
 namespace abccl {
@@ -25,30 +24,29 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
     const size_t from = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
-    const bool must_lend = plan.parameters.lends_all;
-    if (must_lend && !endpoint_.pulls())
-        throw Failure(Kind::argument, "the plan lends all, and not all ranks may read each other's memory");
-    lend_from_ = std::min<size_t>(endpoint_.way() ? inline_bytes + 1 : lend_from, endpoint_.geometry().slot_bytes + 1);
-    const bool can_lend =
-        must_lend || (plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls()));
+    lend_from_ = endpoint_.way() ? inline_bytes + 1 : lend_from;
+    const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
     const bool adapts = endpoint_.adapts() && !endpoint_.way() && plan.longest_message > inline_bytes;
     measures_ = false;
-    way_ = {must_lend || (can_lend && registered), plan.longest_message >= from};
+    way_ = {can_lend && registered, plan.longest_message >= from};
     // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
     first_lane_ = static_cast<uint32_t>(number % endpoint_.geometry().lanes);
     streaming_from_ = from;
     if (adapts) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
-        way_ = plan.protocol.next(way_, must_lend ? Way::staged : 0, can_lend ? Way::count : Way::staged, run_bytes,
-                                  endpoint_.geometry().to_peer());
+        way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
         measures_ = plan.protocol.measures();
         if (measures_) started_ = Clock::now();
     }
     if (endpoint_.way()) {
         way_ = Way::of(*endpoint_.way());
-        way_.lent = must_lend || (way_.lent && can_lend);
+        way_.lent = way_.lent && can_lend;
     }
     if (adapts || endpoint_.way()) streaming_from_ = way_.streaming ? inline_bytes + 1 : SIZE_MAX;
+    // What is registered is mapped: it has no calls to save. What is reclaimed must be watched segment by segment.
+    whole_ = plan.parameters.straight && plan.parameters.segments > 1 && plan.reclaims.empty() && way_.lent &&
+             endpoint_.pulls() && !endpoint_.in_heap(input);
+    if (plan.parameters.straight) arrived_.assign(plan.rows.size(), 0);
     const size_t needed = plan.scratch_bytes() + cache_line;
     if (needed > scratch_bytes_) {
         scratch_.reset(new uint8_t[needed]);
@@ -148,10 +146,16 @@ bool Execution::run(uint32_t lane_index) {
     }
 }
 
-size_t Execution::message_elements(const Row& row, int64_t segment) const {
-    int64_t elements = 0;
-    for (uint32_t i = 0; i < row.count; ++i) elements += plan_->elements(plan_->operands[row.first + i].block, segment);
-    return static_cast<size_t>(elements);
+size_t Execution::block_bytes(int32_t block, const Lane& lane, bool whole) const {
+    const int64_t elements =
+        whole ? plan_->extents[static_cast<size_t>(block)].count : plan_->elements(block, lane.segment);
+    return static_cast<size_t>(elements) * plan_->itemsize;
+}
+
+size_t Execution::message_bytes(const Row& row, const Lane& lane, bool whole) const {
+    size_t bytes = 0;
+    for (uint32_t i = 0; i < row.count; ++i) bytes += block_bytes(plan_->operands[row.first + i].block, lane, whole);
+    return bytes;
 }
 
 void Execution::write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from) {
@@ -186,18 +190,19 @@ void Execution::fold(const Row& row, const Lane& lane, size_t elements) {
 
 bool Execution::send(const Row& row, uint32_t lane_index, Lane& lane) {
     const Plan& plan = *plan_;
-    size_t bytes = 0;
+    size_t bytes = whole_ ? message_bytes(row, lane, true) : 0;
+    const bool whole = whole_ && row.lends && row.count <= lent_parts && bytes >= lend_from_ && bytes <= UINT32_MAX;
+    if (!whole) bytes = message_bytes(row, lane, false);
+    if (lane.segment > 0 && (whole || bytes == 0)) return true;
     for (uint32_t i = 0; i < row.count; ++i) {
         const Operand& part = plan.operands[row.first + i];
-        const size_t part_bytes = static_cast<size_t>(plan.elements(part.block, lane.segment)) * plan.itemsize;
+        const size_t part_bytes = block_bytes(part.block, lane, whole);
         spans_[i] = {part_bytes ? address(part, lane) : nullptr, part_bytes};
-        bytes += part_bytes;
     }
-    if (bytes == 0 && lane.segment > 0) return true;
     if (way_.lent && row.lends && bytes >= lend_from_ && endpoint_.can_lend(spans_.data(), row.count)) {
         numbers_.resize(row.readers);
         if (!endpoint_.try_lend(&plan.peers[row.peers], row.readers, channel(lane_index), signature(row, lane.segment),
-                                spans_.data(), row.count, bytes, numbers_.data()))
+                                spans_.data(), row.count, bytes, whole, numbers_.data()))
             return false;
         for (uint32_t i = 0; i < row.readers; ++i) lane.lent[row.peers + i] = is_lent | numbers_[i];
         return true;
@@ -209,40 +214,49 @@ bool Execution::send(const Row& row, uint32_t lane_index, Lane& lane) {
 bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     const Plan& plan = *plan_;
     const uint32_t peer = plan.peers[row.peers];
-    const size_t bytes = message_elements(row, lane.segment) * plan.itemsize;
+    const size_t number = static_cast<size_t>(&row - plan.rows.data());
+    const bool arrived = plan.parameters.straight && arrived_[number];
+    size_t bytes = message_bytes(row, lane, false);
     Register& reg = lane.registers[static_cast<size_t>(row.reg)];
     reg.peer = peer;
     reg.first = static_cast<uint32_t>(static_cast<size_t>(row.reg) * plan.max_parts);
-    reg.holds = bytes != 0 || lane.segment == 0;
+    reg.holds = !arrived && (bytes != 0 || lane.segment == 0);
     const Descriptor* descriptor = nullptr;
     const uint8_t* data = nullptr;
+    bool whole = false;
     if (reg.holds) {
         descriptor = endpoint_.try_receive(peer, channel(lane_index));
         if (!descriptor) return false;
         if (descriptor->signature != signature(row, lane.segment))
             endpoint_.mismatch(peer, " (a message has the wrong signature)");
+        whole = descriptor->where == pulled_whole;
+        if (whole && !plan.parameters.straight)
+            endpoint_.mismatch(peer, " (whole blocks came where segments were expected)");
+        if (whole) bytes = message_bytes(row, lane, true);
         if (descriptor->length != bytes)
             endpoint_.mismatch(peer, " (a message of " + std::to_string(descriptor->length) + " bytes came where " +
                                          std::to_string(bytes) + " were expected)");
-        if (descriptor->where == pulled)
-            data = row.straight ? nullptr : landing(reg, bytes);
-        else if (descriptor->where != direct)
+        if (descriptor->where == pulled && !row.straight)
+            data = landing(reg, bytes);
+        else if (descriptor->where == inlined || descriptor->where < pulled_whole)
             data = endpoint_.payload(peer, *descriptor);
     }
     for (uint32_t i = 0; i < row.count; ++i) {
         const int32_t block = plan.operands[row.first + i].block;
-        const size_t part_bytes = static_cast<size_t>(plan.elements(block, lane.segment)) * plan.itemsize;
+        const size_t part_bytes = block_bytes(block, lane, false);
         const uint8_t*& part = lane.parts[reg.first + i];
         part = data;
         if (data)
             data += part_bytes;
         else if (descriptor && descriptor->where == direct)
             part = endpoint_.direct_part(peer, *descriptor, i, part_bytes);
-        else if (descriptor)
+        else if (descriptor || arrived)
             part = address({Place::output, block, 0, 0}, lane);
-        spans_[i] = {part, part_bytes};
+        spans_[i] = {part, whole ? block_bytes(block, lane, true) : part_bytes};
     }
-    if (descriptor && descriptor->where == pulled) endpoint_.pull(peer, *descriptor, spans_.data(), row.count);
+    if (whole || (descriptor && descriptor->where == pulled))
+        endpoint_.pull(peer, *descriptor, spans_.data(), row.count);
+    if (whole) arrived_[number] = 1;
     lane.filled = static_cast<size_t>(row.reg) + 1;
     return true;
 }

@@ -59,7 +59,9 @@ class Execution {
     void write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from);
     void fold(const Row& row, const Lane& lane, size_t elements);
     uint8_t* address(const Operand& operand, const Lane& lane) const;
-    size_t message_elements(const Row& row, int64_t segment) const;
+    // Bytes of a block, or of the blocks of a message: of the lane's segment, or whole.
+    size_t block_bytes(int32_t block, const Lane& lane, bool whole) const;
+    size_t message_bytes(const Row& row, const Lane& lane, bool whole) const;
     uint32_t signature(const Row& row, int64_t segment) const {
         return base_signature_ ^ (row.tag * 2654435761u + static_cast<uint32_t>(segment) * 40503u);
     }
@@ -72,6 +74,10 @@ class Execution {
     uint32_t first_lane_ = 0;
     uint32_t unfinished_ = 0;
     bool measures_ = false;  // the plan wants to know how long this run takes
+    // Straight plans may lend whole blocks with their first segments: one call of the kernel reads them. The other
+    // segments then exchange no messages. Each sender decides at the start of a run; readers see it by the message.
+    bool whole_ = false;
+    std::vector<uint8_t> arrived_;  // by row: its blocks have come whole
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;

@@ -23,9 +23,10 @@ struct alignas(cache_line) Descriptor {
 };
 static_assert(sizeof(Descriptor) == 4 * cache_line, "a descriptor is four cache lines");
 
-constexpr uint32_t inlined = 0xFFFFFFFF;  // in the payload
-constexpr uint32_t direct = 0xFFFFFFFE;   // in the sender's heap, each part at an offset that the payload tells
-constexpr uint32_t pulled = 0xFFFFFFFD;   // in the sender's private memory, each part at an address
+constexpr uint32_t inlined = 0xFFFFFFFF;       // in the payload
+constexpr uint32_t direct = 0xFFFFFFFE;        // in the sender's heap, each part at an offset that the payload tells
+constexpr uint32_t pulled = 0xFFFFFFFD;        // in the sender's private memory, each part at an address
+constexpr uint32_t pulled_whole = 0xFFFFFFFC;  // the same, and the blocks' other segments behind it
 constexpr size_t lent_parts = inline_bytes / sizeof(uint64_t);
 
 // How many messages of a channel its reader has given back. It lies in the reader's region: the writer is local.

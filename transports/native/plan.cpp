@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "failure.hpp"
-#include "layout.hpp"
 
 namespace abccl {
 namespace {
@@ -204,16 +203,15 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
         static_cast<uint32_t>(parameters.lanes) > lanes_available)
         refuse("segments or lanes out of range");
     const int64_t fitting = static_cast<int64_t>(slot_bytes / itemsize);
-    if (parameters.segment > fitting && !parameters.lends_all) refuse("a segment that is longer than a slot");
+    if (parameters.segment > fitting) refuse("a segment that is longer than a slot");
     Parser(*this).parse();
     for (const Row& row : rows) {
         if (row.instruction != Instruction::send && row.instruction != Instruction::recv) continue;
         int64_t longest = 0;
         for (uint32_t i = 0; i < row.count; ++i) longest += elements(operands[row.first + i].block, 0);
-        if (longest > fitting && !parameters.lends_all) refuse("a message that is longer than a slot");
-        if (longest > fitting && row.instruction == Instruction::send && (!row.lends || row.count > lent_parts))
-            refuse("a message that is longer than a slot and can not be lent");
-        if (static_cast<uint64_t>(longest) * itemsize > UINT32_MAX) refuse("a message that is longer than 4 GiB");
+        if (longest > fitting) refuse("a message that is longer than a slot");
+        if (parameters.straight && row.instruction == Instruction::recv && !row.straight)
+            refuse("a message of a straight plan does not go straight to the output");
         longest_message = std::max(longest_message, static_cast<size_t>(longest) * itemsize);
     }
     if ((parameters.op < Op::sum) || (parameters.op > Op::bxor)) refuse("an unknown operator");

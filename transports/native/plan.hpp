@@ -44,7 +44,7 @@ struct PlanParameters {
     int32_t scratch, registers;
     int64_t segment, segments;
     int32_t lanes;
-    bool lends_all = false;  // its longer messages fit no slot
+    bool straight = false;  // on every rank, messages go from the input of one to the output of another, and no further
     Type type;
     Op op;
     double factor;

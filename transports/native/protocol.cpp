@@ -2,11 +2,11 @@
 
 namespace abccl {
 
-Way Protocol::next(Way at_first, int first, int end, size_t run_bytes, size_t arena_bytes) {
-    if (first != first_ || end != end_) {
+Way Protocol::next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes) {
+    const int ways = can_lend ? Way::count : Way::count / 2;
+    if (ways != ways_) {
         *this = Protocol();
-        first_ = first;
-        end_ = end;
+        ways_ = ways;
         best_ = current_ = at_first.number();
         // A long run goes through all of the arena by itself.
         const size_t runs = shortest_window + walks * arena_bytes / std::max<size_t>(run_bytes, 1);
@@ -25,14 +25,14 @@ void Protocol::end_window() {
     double* median = last + (taken() - 1) / 2;
     std::nth_element(last, median, last + taken());
     cost_[current_] = *median;
-    for (int way = first_; way < end_; ++way)
+    for (int way = 0; way < ways_; ++way)
         if (cost_[way] != 0 && cost_[way] < 0.9 * cost_[best_]) best_ = way;
-    const uint32_t ways = static_cast<uint32_t>(end_ - first_);
+    const uint32_t ways = static_cast<uint32_t>(ways_);
     // The first window touched the memory: its way gets a second one.
     if (windows_ <= ways)
-        current_ = first_ + static_cast<int>(windows_ - 1);
+        current_ = static_cast<int>(windows_ - 1);
     else if (windows_ % trial_every == 0)
-        current_ = first_ + static_cast<int>(windows_ / trial_every % ways);
+        current_ = static_cast<int>(windows_ / trial_every % ways);
     else
         current_ = best_;
 }

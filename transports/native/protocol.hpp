@@ -9,7 +9,7 @@ namespace abccl {
 
 // A choice of each rank for each run.
 struct Way {
-    static constexpr int count = 4, staged = 2;  // ways; the first of them that do not lend
+    static constexpr int count = 4;
 
     bool lent;       // read where they lie, if both ends can; else copied into the sender's arena
     bool streaming;  // what is written for the peer to read goes past the cache
@@ -25,9 +25,8 @@ struct Way {
 // together; they need not agree.
 class Protocol {
   public:
-    // The way of the next run, a number from `first` to below `end`. `run_bytes` go to a peer in a run, through its
-    // `arena_bytes`.
-    Way next(Way at_first, int first, int end, size_t run_bytes, size_t arena_bytes);
+    // The way of the next run, in which `run_bytes` go to a peer through its `arena_bytes`.
+    Way next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes);
     // Whether `took` is to be told of this run; a look at the clock is not free.
     bool measures() const { return run_ > window_ - taken(); }
     void took(double seconds) { last_[run_ % samples] = seconds; }
@@ -42,8 +41,7 @@ class Protocol {
     uint32_t window_ = 0;  // runs; 0 before the first
     uint32_t run_ = 0;     // of the window, from 1
     uint32_t windows_ = 0;
-    int first_ = 0, end_ = 0;
-    int best_ = 0, current_ = 0;
+    int ways_ = 0, best_ = 0, current_ = 0;
     double last_[samples] = {};     // seconds of the window's last runs
     double cost_[Way::count] = {};  // seconds; 0: not known
 };
