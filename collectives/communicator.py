@@ -27,6 +27,7 @@ from .bootstrap import Bootstrap, find
 from .members import Members
 from .memory import RegisteredMemory, empty, heap_bytes
 from .persistent import Persistent, PersistentCalls, PersistentExecution
+from .shortcut import shortcut
 from .work import Work, WorkQueue
 
 TIMEOUT = 600.0
@@ -91,6 +92,7 @@ class Communicator(PersistentCalls):
 
     # ---- collectives
 
+    @shortcut(_ALL_REDUCE, x="x", out="x", op="op")
     def all_reduce(
         self,
         x: Array,
@@ -115,6 +117,7 @@ class Communicator(PersistentCalls):
         """
         return self._call(_ALL_REDUCE, x, x if out is None else out, op, 0, algorithm, async_op)
 
+    @shortcut(_REDUCE_SCATTER, x="x", out="out", op="op")
     def reduce_scatter(
         self,
         out: Array,
@@ -135,6 +138,7 @@ class Communicator(PersistentCalls):
         """
         return self._call(_REDUCE_SCATTER, x, out, self._with_counts(op, counts), 0, algorithm, async_op)
 
+    @shortcut(_ALL_GATHER, x="x", out="out")
     def all_gather(
         self,
         out: Array,
@@ -154,10 +158,12 @@ class Communicator(PersistentCalls):
         """
         return self._call(_ALL_GATHER, x, out, self._with_counts(None, counts), 0, algorithm, async_op)
 
+    @shortcut(_BROADCAST, x="x", out="x", root="root")
     def broadcast(self, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False) -> Any:
         """Every rank's `x` becomes the root's. `algorithm`, `async_op`, Raises: as in `all_reduce`."""
         return self._call(_BROADCAST, x, x, None, root, algorithm, async_op)
 
+    @shortcut(_REDUCE, x="x", out="x", op="op", root="root")
     def reduce(
         self,
         x: Array,
@@ -174,6 +180,7 @@ class Communicator(PersistentCalls):
         """
         return self._call(_REDUCE, x, x if out is None else out, op, root, algorithm, async_op)
 
+    @shortcut(_GATHER, x="x", out="out", root="root")
     def gather(
         self, out: Array | None, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False
     ) -> Any:
@@ -183,6 +190,7 @@ class Communicator(PersistentCalls):
         """
         return self._call(_GATHER, x, out, None, root, algorithm, async_op)
 
+    @shortcut(_SCATTER, x="x", out="out", root="root")
     def scatter(
         self, out: Array, x: Array | None, root: int = 0, *, algorithm: str | None = None, async_op: bool = False
     ) -> Any:
@@ -192,6 +200,7 @@ class Communicator(PersistentCalls):
         """
         return self._call(_SCATTER, x, out, None, root, algorithm, async_op)
 
+    @shortcut(_ALL_TO_ALL, x="x", out="out")
     def all_to_all(
         self,
         out: Array,
@@ -214,6 +223,7 @@ class Communicator(PersistentCalls):
         uneven = self._uneven_exchange(out, x, out_splits, in_splits, algorithm)
         return self._call(_ALL_TO_ALL, x, out, uneven, 0, algorithm, async_op)
 
+    @shortcut(_BARRIER)
     def barrier(self, *, algorithm: str | None = None, async_op: bool = False) -> Any:
         """Return when all ranks have called it."""
         return self._call(_BARRIER, None, None, None, 0, algorithm, async_op)

@@ -9,6 +9,7 @@
 #include "fold.hpp"
 #include "gil.hpp"
 #include "persistent.hpp"
+#include "shortcut.hpp"
 
 namespace py = pybind11;
 using namespace abccl;
@@ -267,5 +268,6 @@ PYBIND11_MODULE(_native, m) {
         .def(
             "is_completed", [](Persistent& p) { return p.started().work->finished(); },
             "Whether what was started is finished, well or not.");
+    add_shortcut(m);
     m.def("fork_generation", &fork_generation);
 }

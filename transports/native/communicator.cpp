@@ -12,6 +12,14 @@
 
 namespace abccl {
 
+namespace {
+
+// A run of so few bytes is looked at so often, a microsecond or two, before it counts as one that waits.
+constexpr size_t short_bytes = 4096;
+constexpr int short_spins = 50;
+
+}  // namespace
+
 void Communicator::check_usable() const {
     if (closed()) throw Failure(Kind::closed, "the communicator is closed: make another with abccl.init()");
     try {
@@ -22,43 +30,44 @@ void Communicator::check_usable() const {
     }
 }
 
-void Communicator::run(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout) {
-    std::shared_ptr<Work> queued;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        check_usable();
-        if (busy_ || !queue_.empty())
-            queued = enqueue(plan, input, output, timeout);
-        else
-            busy_ = true;
-    }
-    if (queued) {
+void Communicator::run(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout,
+                       const BeforeWaiting& before_waiting) {
+    check_usable();
+    uint32_t idle = 0;
+    if (!state_.compare_exchange_strong(idle, busy, std::memory_order_acquire)) {
+        before_waiting();
+        const std::shared_ptr<Work> work = enqueue(plan, input, output, timeout);
         ProgressThread::submit(shared_from_this());
         try {
-            queued->wait(Deadline::max());
+            work->wait(Deadline::max());
         } catch (...) {
             settle(plan->parameters.text);
-            queued->wait(Deadline::max(), false);  // the engine lets go of the buffers
+            work->wait(Deadline::max(), false);  // the engine lets go of the buffers
             throw;
         }
-        queued->check();
+        work->check();
         return;
     }
     struct Release {
         Communicator& communicator;
         ~Release() {
-            std::lock_guard<std::mutex> lock(communicator.mutex_);
-            communicator.busy_ = false;
-            if (!communicator.queue_.empty()) communicator.endpoint.ring_self();
+            if (communicator.state_.fetch_sub(busy) != busy) communicator.endpoint.ring_self();
         }
     } release{*this};
-    drive(*plan, input, output, timeout);
+    drive(*plan, input, output, timeout, before_waiting);
 }
 
-void Communicator::drive(const Plan& plan, const void* input, void* output, Timeout timeout) {
+void Communicator::drive(const Plan& plan, const void* input, void* output, Timeout timeout,
+                         const BeforeWaiting& before_waiting) {
     try {
         execution_.start(plan, input, output);
-        if (execution_.progress() == Outcome::done) return;
+        const size_t bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
+        const int spins = bytes <= short_bytes ? std::min(short_spins, endpoint.patience().spins) : 0;
+        for (int spin = 0; spin < spins; ++spin) {
+            if (execution_.progress() == Outcome::done) return;
+            cpu_relax();
+        }
+        before_waiting();
         const Deadline deadline = Clock::now() + timeout;
         auto tick = [&] {
             Endpoint::on_tick();
@@ -88,18 +97,16 @@ std::exception_ptr Communicator::settle(const std::string& doing) {
 std::shared_ptr<Work> Communicator::enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output,
                                             Timeout timeout) {
     auto work = std::make_shared<Work>();
+    std::lock_guard<std::mutex> lock(mutex_);
+    check_usable();
+    state_.fetch_add(queued);
     queue_.push_back(std::make_shared<Task>(Task{std::move(plan), input, output, timeout, work}));
     return work;
 }
 
 std::shared_ptr<Work> Communicator::start(std::shared_ptr<const Plan> plan, const void* input, void* output,
                                           Timeout timeout) {
-    std::shared_ptr<Work> work;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        check_usable();
-        work = enqueue(std::move(plan), input, output, timeout);
-    }
+    std::shared_ptr<Work> work = enqueue(std::move(plan), input, output, timeout);
     ProgressThread::submit(shared_from_this());
     return work;
 }
@@ -156,7 +163,7 @@ Outcome Communicator::progress() {
         std::shared_ptr<Task> task;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            if (!busy_ && !queue_.empty()) task = queue_.front();
+            if (!(state_.load(std::memory_order_acquire) & busy) && !queue_.empty()) task = queue_.front();
         }
         if (task) {
             endpoint.check_abort();
@@ -172,6 +179,7 @@ Outcome Communicator::progress() {
                 {
                     std::lock_guard<std::mutex> lock(mutex_);
                     queue_.pop_front();
+                    state_.fetch_sub(queued);
                 }
                 task->work->succeed();
             }
@@ -206,6 +214,7 @@ void Communicator::fail_all(std::exception_ptr error) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         tasks.swap(queue_);
+        state_.fetch_sub(queued * static_cast<uint32_t>(tasks.size()));
     }
     started_ = false;
     for (auto& task : tasks) task->work->fail(error);

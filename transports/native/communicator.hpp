@@ -26,8 +26,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     Communicator(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own)
         : endpoint(rank, geometry, std::move(own)), mailbox(endpoint), execution_(endpoint) {}
 
-    // Runs the plan; returns when this rank's part is done. With nothing queued it runs in the calling thread.
-    void run(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
+    // Runs the plan; returns when this rank's part is done. With nothing queued it runs in the calling thread. Calls
+    // `before_waiting` once it is to take longer than a microsecond or two.
+    using BeforeWaiting = std::function<void()>;
+    void run(
+        std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout,
+        const BeforeWaiting& before_waiting = [] {});
     // Queues the plan behind what is queued already. The buffers must live until the work is finished.
     std::shared_ptr<Work> start(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
 
@@ -62,16 +66,18 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void check_usable() const;
     void fail_all(std::exception_ptr error);
     std::shared_ptr<Work> enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
-    void drive(const Plan& plan, const void* input, void* output, Timeout timeout);
+    void drive(const Plan& plan, const void* input, void* output, Timeout timeout, const BeforeWaiting& before_waiting);
     // Aborts the group if what was thrown is not a failure that all ranks learn of anyway: an interrupt, say. To be
     // called while handling it.
     std::exception_ptr settle(const std::string& doing);
 
+    // A caller's thread may take the engine only from 0, the progress thread only when no caller has it.
+    static constexpr uint32_t busy = 1, queued = 2;
+    std::atomic<uint32_t> state_{0};           // `busy` while a caller runs a plan, plus `queued` for each in the queue
     std::mutex mutex_;                         // of the queue
     std::deque<std::shared_ptr<Task>> queue_;  // the front one is running once `started_`
     std::mutex engine_;                        // held by whoever runs a plan from the queue
     bool started_ = false;
-    bool busy_ = false;    // a caller's thread is running a plan
     Deadline deadline_{};  // of the running plan of the queue
     std::atomic<bool> closed_{false};
     Execution execution_;

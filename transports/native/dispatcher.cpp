@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
 #include "failure.hpp"
 #include "gil.hpp"
@@ -139,8 +140,8 @@ PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const 
 
 void Dispatcher::run(std::shared_ptr<const Plan> plan, const void* input, void* output) {
     check_generation();
-    WithoutGil released;
-    communicator_->run(std::move(plan), input, output, timeout_);
+    std::optional<WithoutGil> released;
+    communicator_->run(std::move(plan), input, output, timeout_, [&released] { released.emplace(); });
 }
 
 std::shared_ptr<PendingWork> Dispatcher::start(std::shared_ptr<const Plan> plan, const void* input, void* output,
@@ -174,13 +175,9 @@ void Dispatcher::let_go() {
                    pending_.end());
 }
 
-namespace {
-
-PyObject* call_dispatcher(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
-    auto* dispatcher = static_cast<Dispatcher*>(PyCapsule_GetPointer(capsule, "abccl.dispatcher"));
-    if (!dispatcher) return nullptr;
+PyObject* Dispatcher::guarded_call(Dispatcher& dispatcher, PyObject* const* arguments, Py_ssize_t count) {
     try {
-        return dispatcher->call(arguments, count);
+        return dispatcher.call(arguments, count);
     } catch (py::error_already_set& error) {
         error.restore();
     } catch (const std::exception&) {
@@ -188,6 +185,13 @@ PyObject* call_dispatcher(PyObject* capsule, PyObject* const* arguments, Py_ssiz
         py::detail::try_translate_exceptions();
     }
     return nullptr;
+}
+
+namespace {
+
+PyObject* call_dispatcher(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
+    auto* dispatcher = static_cast<Dispatcher*>(PyCapsule_GetPointer(capsule, "abccl.dispatcher"));
+    return dispatcher ? Dispatcher::guarded_call(*dispatcher, arguments, count) : nullptr;
 }
 
 PyMethodDef definition = {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_dispatcher)),

@@ -35,6 +35,8 @@ class Dispatcher {
 
     // (collective, x, out, op, root, algorithm, asynchronous) -> None or a work
     PyObject* call(PyObject* const* arguments, Py_ssize_t count);
+    // The same; raises C++'s exceptions as Python's.
+    static PyObject* guarded_call(Dispatcher& dispatcher, PyObject* const* arguments, Py_ssize_t count);
     // The same as a Python function that takes its arguments by position at C's price.
     pybind11::object function(pybind11::object self);
 

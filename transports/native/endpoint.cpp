@@ -22,14 +22,6 @@ namespace {
 
 constexpr int tick_milliseconds = 20;
 
-inline void cpu_relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 // A sender publishes and then looks whether the receiver sleeps; the receiver says that it sleeps and then looks
 // whether something came. Both need a full fence between their two steps. membarrier puts the sender's fence into
 // the (slow) receiver; where the kernel lacks it a sleep is short instead, as its wake-up may be missed.
@@ -260,7 +252,7 @@ void Endpoint::pull(uint32_t peer, const Descriptor& descriptor, const Span* spa
     if (got == static_cast<ssize_t>(wanted)) return;
     const int error = errno;
     check_abort();
-    if (got < 0 && error == ESRCH) lost(peer, text_ + " #" + shown(sequence_));
+    if (got < 0 && error == ESRCH) lost(peer, *text_ + " #" + shown(sequence_));
     fail(static_cast<uint32_t>(Kind::transport),
          "rank " + std::to_string(rank_) + " could not read " + std::to_string(wanted) + " bytes of rank " +
              std::to_string(peer) + "'s memory" + (got < 0 ? std::string(": ") + std::strerror(error) : "") +
@@ -292,14 +284,17 @@ void Endpoint::release(uint32_t peer, uint32_t lane) {
 uint64_t Endpoint::enter(uint32_t signature, const std::string& text) {
     ++sequence_;
     signature_ = signature;
-    text_ = text;
+    text_ = &text;
     Record& record = control_->records[sequence_ % history];
     record.sequence.store(0, std::memory_order_relaxed);
-    record.signature.store(signature, std::memory_order_release);
-    uint64_t words[text_words] = {};
-    std::memcpy(words, text.data(), std::min(text.size(), sizeof(words) - 1));
-    const size_t used = std::min<size_t>(text_words, text.size() / sizeof(uint64_t) + 1);
-    for (size_t i = 0; i < used; ++i) record.text[i].store(words[i], std::memory_order_release);
+    // Equal signatures mean equal texts.
+    if (record.signature.load(std::memory_order_relaxed) != signature || sequence_ <= history) {
+        record.signature.store(signature, std::memory_order_release);
+        uint64_t words[text_words] = {};
+        std::memcpy(words, text.data(), std::min(text.size(), sizeof(words) - 1));
+        const size_t used = std::min<size_t>(text_words, text.size() / sizeof(uint64_t) + 1);
+        for (size_t i = 0; i < used; ++i) record.text[i].store(words[i], std::memory_order_release);
+    }
     record.sequence.store(sequence_, std::memory_order_release);
     control_->entered.store(sequence_, std::memory_order_release);
     return sequence_;
@@ -352,7 +347,7 @@ void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
     std::string latest = "nothing";
     const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
     read_record(peer, entered, &signature, &latest);
-    refuse_pair(sequence_, text_, peer, "is at " + latest + " #" + shown(entered) + detail);
+    refuse_pair(sequence_, *text_, peer, "is at " + latest + " #" + shown(entered) + detail);
 }
 
 void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs) {
@@ -395,7 +390,7 @@ void Endpoint::check_collective() {
         compare(peer);
         // A peer that has finished its part may go: what it sent stays readable.
         if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_)
-            lost(peer, text_ + " #" + shown(sequence_));
+            lost(peer, *text_ + " #" + shown(sequence_));
     }
 }
 

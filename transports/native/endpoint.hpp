@@ -18,6 +18,14 @@ namespace abccl {
 using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 
+inline void cpu_relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 enum class Outcome { blocked, moved, done };
 
 // Where in a slot of an arena the next message goes: behind the last one. A line that its reader has still in its cache
@@ -230,7 +238,7 @@ class Endpoint {
     uint64_t sequence_ = 0;
     uint64_t before_users_ = 0;
     uint32_t signature_ = 0;
-    std::string text_;
+    const std::string* text_ = nullptr;  // of the present plan
     Patience patience_{2000, 2000};
     size_t streaming_from_ = 4096;
     bool adapts_ = false;
