@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 ROUNDS, FEWEST_ROUNDS = 40, 5
-WARM_CALLS = 12
+WARM_CALLS = 16
 """Untimed calls for each root: libraries map memory, and find out how to move it, in the first few (OSU makes 10)."""
 LONGEST_BATCH = 1000
 WARM, TRIED = 0.002, 5

@@ -8,7 +8,7 @@
 namespace abccl {
 
 constexpr size_t cache_line = 64;
-constexpr size_t inline_bytes = 240;
+constexpr size_t inline_bytes = 304;
 constexpr size_t text_words = 20;
 constexpr size_t history = 64;
 
@@ -21,7 +21,7 @@ struct alignas(cache_line) Descriptor {
     uint32_t where;  // offset in the sender's region in units of a cache line, or one of the below
     uint8_t payload[inline_bytes];
 };
-static_assert(sizeof(Descriptor) == 4 * cache_line, "a descriptor is four cache lines");
+static_assert(sizeof(Descriptor) == 5 * cache_line, "a descriptor is five cache lines");
 
 constexpr uint32_t inlined = 0xFFFFFFFF;       // in the payload
 constexpr uint32_t direct = 0xFFFFFFFE;        // in the sender's heap, each part at an offset that the payload tells

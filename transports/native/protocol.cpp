@@ -12,23 +12,25 @@ Way Protocol::next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_b
         const size_t runs = shortest_window + walks * arena_bytes / std::max<size_t>(run_bytes, 1);
         window_ = static_cast<uint32_t>(std::min<size_t>(runs, longest_window));
     }
-    if (run_ == window_) end_window();
+    // The first window only touches the memory.
+    if (run_ == (windows_ == 0 ? shortest_window : window_)) end_window();
     ++run_;
     return Way::of(current_);
 }
 
 void Protocol::end_window() {
+    if (windows_ > 0) {
+        double last[samples];
+        for (uint32_t i = 0; i < taken(); ++i) last[i] = last_[(window_ - i) % samples];
+        double* median = last + (taken() - 1) / 2;
+        std::nth_element(last, median, last + taken());
+        cost_[current_] = *median;
+        for (int way = 0; way < ways_; ++way)
+            if (cost_[way] != 0 && (cost_[best_] == 0 || cost_[way] < 0.9 * cost_[best_])) best_ = way;
+    }
     run_ = 0;
     ++windows_;
-    double last[samples];
-    for (uint32_t i = 0; i < taken(); ++i) last[i] = last_[(window_ - i) % samples];
-    double* median = last + (taken() - 1) / 2;
-    std::nth_element(last, median, last + taken());
-    cost_[current_] = *median;
-    for (int way = 0; way < ways_; ++way)
-        if (cost_[way] != 0 && cost_[way] < 0.9 * cost_[best_]) best_ = way;
     const uint32_t ways = static_cast<uint32_t>(ways_);
-    // The first window touched the memory: its way gets a second one.
     if (windows_ <= ways)
         current_ = static_cast<int>(windows_ - 1);
     else if (windows_ % trial_every == 0)

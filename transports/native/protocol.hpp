@@ -28,12 +28,12 @@ class Protocol {
     // The way of the next run, in which `run_bytes` go to a peer through its `arena_bytes`.
     Way next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes);
     // Whether `took` is to be told of this run; a look at the clock is not free.
-    bool measures() const { return run_ > window_ - taken(); }
+    bool measures() const { return windows_ > 0 && run_ > window_ - taken(); }
     void took(double seconds) { last_[run_ % samples] = seconds; }
 
   private:
     static constexpr uint32_t shortest_window = 2, longest_window = 256, samples = 5, trial_every = 32;
-    static constexpr size_t walks = 4;  // through the arena in a window
+    static constexpr size_t walks = 2;  // through the arena in a window
 
     uint32_t taken() const { return std::min(samples, window_ - 1); }
     void end_window();
