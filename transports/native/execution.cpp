@@ -11,6 +11,9 @@ namespace {
 // Shorter messages are not worth a wait for their readers.
 constexpr size_t lend_from = 8192;
 
+// Outputs of all ranks that together are longer stay in no cache that cores share: of 32 MiB here, and few have more.
+constexpr size_t uncached_from = 32 << 20;
+
 // Of a fold past the cache: the sum is made in the first-level cache, and goes to memory from there.
 constexpr size_t tile_bytes = 8192;
 
@@ -42,6 +45,10 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         way_ = Way::of(*endpoint_.way());
         way_.lent = way_.lent && can_lend;
     }
+    // What was staged past the cache should be in the cache as the caller finds it, if it fits.
+    const size_t outputs =
+        static_cast<size_t>(plan.parameters.output_count) * plan.itemsize * endpoint_.geometry().size;
+    output_past_cache_ = way_.lent ? way_.streaming : outputs >= uncached_from;
     if (adapts || endpoint_.way()) streaming_from_ = way_.streaming ? inline_bytes + 1 : SIZE_MAX;
     // What is registered is mapped: it has no calls to save. What is reclaimed must be watched segment by segment.
     whole_ = plan.parameters.straight && plan.parameters.segments > 1 && plan.reclaims.empty() && way_.lent &&
@@ -161,8 +168,7 @@ size_t Execution::message_bytes(const Row& row, const Lane& lane, bool whole) co
 void Execution::write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from) {
     uint8_t* to = address(destination, lane);
     if (bytes == 0 || to == from) return;
-    // A staged message has been written past the cache already, and what is read next is its copy.
-    if (way_.lent && way_.streaming && destination.place == Place::output)
+    if (output_past_cache_ && destination.place == Place::output)
         copy_streaming(to, from, bytes);
     else
         abccl::copy(to, from, bytes);

@@ -77,7 +77,8 @@ class Execution {
     // Straight plans may lend whole blocks with their first segments: one call of the kernel reads them. The other
     // segments then exchange no messages. Each sender decides at the start of a run; readers see it by the message.
     bool whole_ = false;
-    std::vector<uint8_t> arrived_;  // by row: its blocks have come whole
+    std::vector<uint8_t> arrived_;    // by row: its blocks have come whole
+    bool output_past_cache_ = false;  // what is copied to the output
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;
