@@ -97,12 +97,11 @@ class ShmTransport(Transport):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(0, allowed)
             self.native.number_from_here()
-            self.native.adapt()
             if not self._named:
                 # All have read what the calibration wrote: the last message of it came from ranks that were done.
                 arena = self.geometry.arena_at
                 self._region.forget(arena, self.geometry.bytes - arena)
-
+        self.native.adapt()
         self.set_protocol(os.environ.get("ABCCL_PROTOCOL") or None)
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
