@@ -71,7 +71,8 @@ class Communicator(PersistentCalls):
         self._generation = _native.fork_generation()
         self._closed = False
         self._binder = Binder(transport)
-        self._memory: RegisteredMemory | None = None
+        registers = isinstance(transport, ShmTransport) and transport.registers
+        self._memory = RegisteredMemory(self._native, heap_bytes(self.size)) if registers else None
         self._interned: dict[Uneven, Uneven] = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
@@ -257,7 +258,8 @@ class Communicator(PersistentCalls):
         """An array in registered memory, its elements undefined: collectives on it copy nothing on the way.
 
         Not collective, but it pays where all ranks have such arrays. Any array of numpy's or torch's may be made a view
-        of it. Over a transport other than shm it is ordinary memory.
+        of it. Where peers can not map it, as over a transport other than shm, it is ordinary memory. A forked child
+        shares it with its parent: it must not write to it.
 
         Args:
             shape: its sizes.
@@ -267,10 +269,8 @@ class Communicator(PersistentCalls):
             TransportError: no room is left: a rank has its share of the machine's memory, 1 GiB at least.
         """
         self._check_usable()
-        if self._native is None:
-            return empty(shape, dtype, lambda nbytes: np.empty(nbytes, np.uint8))
         if self._memory is None:
-            self._memory = RegisteredMemory(self._native, heap_bytes(self.size))
+            return empty(shape, dtype, lambda nbytes: np.empty(nbytes, np.uint8))
         return empty(shape, dtype, self._memory.allocate)
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, TransportError
+from ..transports import _native
 
 PAGE = mmap.PAGESIZE
 LEAST_HEAP = 1 << 30
@@ -58,13 +60,9 @@ class RegisteredMemory:
     """
 
     def __init__(self, native: Any, capacity: int) -> None:
-        try:
-            self._region = native.heap(capacity)
-        except TransportError as error:
-            raise TransportError(
-                f"registered memory wants {capacity >> 20} MiB of address space ({error}): lift the limit that "
-                "`ulimit -v` shows, or pass ordinary arrays"
-            ) from None
+        self._native, self._capacity = native, capacity
+        self._region: Any = None
+        self._lock = threading.Lock()
         self._free = [(0, capacity)]  # (offset, bytes), ascending; never two that touch
         # Finalizers run at any moment, in the middle of `_take` too: what they bring waits here.
         self._returned: deque[tuple[int, int]] = deque()
@@ -79,6 +77,21 @@ class RegisteredMemory:
 
     def _take(self, nbytes: int) -> int:
         """The offset of free bytes, the first that suffice."""
+        with self._lock:
+            if self._region is None:
+                self._region = self._map()
+            return self._take_first(nbytes)
+
+    def _map(self) -> Any:
+        try:
+            return self._native.heap(self._capacity)
+        except TransportError as error:
+            raise TransportError(
+                f"registered memory wants {self._capacity >> 20} MiB of address space ({error}): lift the limit that "
+                "`ulimit -v` shows, or pass ordinary arrays"
+            ) from None
+
+    def _take_first(self, nbytes: int) -> int:
         while self._returned:
             self._merge(*self._returned.popleft())
         for index, (offset, available) in enumerate(self._free):
@@ -107,17 +120,21 @@ class _Block:
 
     def __init__(self, memory: RegisteredMemory, nbytes: int) -> None:
         taken = -(-nbytes // PAGE) * PAGE
-        region = memory._region
         offset = memory._take(taken)
+        region = memory._region
         self.__array_interface__ = {
             "version": 3,
             "shape": (nbytes,),
             "typestr": "|u1",
             "data": (region.address + offset, False),
         }
-        weakref.finalize(self, _give_back, region, memory._returned, offset, taken).atexit = False
+        weakref.finalize(
+            self, _give_back, region, memory._returned, _native.fork_generation(), offset, taken
+        ).atexit = False
 
 
-def _give_back(region: Any, returned: deque[tuple[int, int]], offset: int, nbytes: int) -> None:
+def _give_back(region: Any, returned: deque[tuple[int, int]], generation: int, offset: int, nbytes: int) -> None:
+    if generation != _native.fork_generation():
+        return  # a forked child shares the pages, and they are its parent's
     region.forget(offset, nbytes)
     returned.append((offset, nbytes))

@@ -50,7 +50,7 @@ class Cutting(InprocTransport):
     """Leaves out the last byte of long messages."""
 
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
-        return super().post_send(peer, tag, data[:-1] if len(data) > 100 else data)
+        return super().post_send(peer, tag, data[:-1] if len(data) > 1000 else data)
 
 
 class Swapping(InprocTransport):

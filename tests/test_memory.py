@@ -169,5 +169,26 @@ def test_long_parts(here: ModuleType, ranks: int, protocol: str | None) -> None:
     assert protocol is None or not _may_pull() or all(touched < 128 << 10 for _, touched in outcomes)
 
 
+def test_a_forked_child_leaves_its_parent_s_memory_alone() -> None:
+    with alone() as communicator:
+        array = communicator.empty(10_000)
+        array[:] = 7
+        child = os.fork()
+        if child == 0:
+            del array
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert (array == 7).all()
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    with alone() as communicator, ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda _: communicator.empty(1000), range(64)))
+        for number, array in enumerate(arrays):
+            array[:] = number
+        assert all((array == number).all() for number, array in enumerate(arrays))
+
+
 def _may_pull() -> bool:
     return shm_threads(2)[0].pulls

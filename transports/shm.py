@@ -114,6 +114,7 @@ class ShmTransport(Transport):
             else _native.Region.create(self.geometry.bytes)
         )
         self._region, self._named = region, named
+        self.registers = not named  # peers map a rank's registered memory through its process entry
         self.native = _native.Communicator(self.rank, self.geometry, region)
         self.native.announce(token)
         cores = sorted(os.sched_getaffinity(0))

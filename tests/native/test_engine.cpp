@@ -27,10 +27,26 @@ void expect(bool condition, const char* what) {
 
 using Ranks = std::vector<std::shared_ptr<Communicator>>;
 
+// Slots and segments that are longer than what travels with a descriptor, so that messages lie in the arena or are
+// lent.
+constexpr uint32_t slot = 1024;
+constexpr int64_t segment_elements = 200;
+static_assert(segment_elements * sizeof(float) > 2 * inline_bytes, "segments are not inlined");
+
+std::vector<std::shared_ptr<Region>> regions;  // of the ranks made last
+
+// Whether anything was written to a rank's arenas.
+bool staged(const Geometry& geometry) {
+    for (auto& region : regions)
+        for (size_t i = geometry.arena_at(); i < geometry.bytes(); ++i)
+            if (region->base()[i] != 0) return true;
+    return false;
+}
+
 Ranks make(uint32_t size, uint32_t lanes, uint32_t slot_bytes) {
     const Geometry geometry{size, lanes, 2, slot_bytes};
     Ranks ranks;
-    std::vector<std::shared_ptr<Region>> regions;
+    regions.clear();
     for (uint32_t r = 0; r < size; ++r) {
         regions.push_back(Region::create(geometry.bytes()));
         ranks.push_back(std::make_shared<Communicator>(r, geometry, regions[r]));
@@ -159,7 +175,7 @@ struct Memory {
 };
 
 void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lanes, const Mode& mode) {
-    Ranks ranks = make(size, lanes, 256);
+    Ranks ranks = make(size, lanes, slot);
     const size_t elements = static_cast<size_t>(count);
     std::vector<std::vector<float>> inputs(size);
     std::vector<float> sum(elements, 0.0f);
@@ -170,12 +186,12 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
     }
     each(ranks, [&](uint32_t r) {
         Communicator& c = *ranks[r];
-        c.endpoint.set_streaming_from(mode.streaming ? 49 : SIZE_MAX);
+        c.endpoint.set_streaming_from(mode.streaming ? inline_bytes + 1 : SIZE_MAX);
         c.endpoint.set_pull(true);
         if (mode.way >= 0) c.endpoint.set_way(mode.way);
-        auto plan = std::make_shared<Plan>(
-            make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64),
-            lanes, 256);
+        auto plan = std::make_shared<Plan>(make_plan(static_cast<int32_t>(r), static_cast<int32_t>(size), count,
+                                                     static_cast<int32_t>(lanes), segment_elements),
+                                           lanes, slot);
         Memory memory(c, mode.registered, elements);
         float* input = memory[5];
         std::copy(inputs[r].begin(), inputs[r].end(), input);
@@ -196,6 +212,33 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
             expect(std::equal(sum.begin(), sum.end(), memory[run]), "all_reduce gives the sum");
         // Whoever ends must not take away what a peer still reads: a run ends when all have read.
         std::fill(input, input + elements, -1.0f);
+    });
+    const bool was_staged = staged({size, lanes, 2, slot});
+    if (mode.way >= 2) expect(!was_staged, "what is lent is not copied");
+    if (mode.way < 0 && size > 1 && count > 5000) expect(was_staged, "what is not lent is copied");
+}
+
+// Two threads of each rank make the same runs, one of them asynchronously: whoever finds the engine taken queues.
+void test_threads() {
+    constexpr size_t elements = 1000, runs = 200;
+    Ranks ranks = make(2, 2, slot);
+    each(ranks, [&](uint32_t r) {
+        auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 2, elements, 2, segment_elements), 2, slot);
+        const auto many = [&](bool queued) {
+            std::vector<float> input(elements, 1.0f), output(elements);
+            for (size_t run = 0; run < runs; ++run) {
+                if (queued) {
+                    auto work = ranks[r]->start(plan, input.data(), output.data(), patient);
+                    expect(work->wait(Clock::now() + patient), "queued work ends");
+                } else {
+                    ranks[r]->run(plan, input.data(), output.data(), patient);
+                }
+                expect(output == std::vector<float>(elements, 2.0f), "the sum, whoever runs the plan");
+            }
+        };
+        std::thread other([&] { many(true); });
+        many(false);
+        other.join();
     });
 }
 
@@ -225,15 +268,15 @@ PlanParameters gather(int32_t rank, int32_t size, int64_t count, int32_t lanes, 
 
 // Ranks need not agree on the way.
 void test_whole_blocks(uint32_t size, int64_t count, uint32_t lanes, bool mixed, bool registered) {
-    Ranks ranks = make(size, lanes, 256);
+    Ranks ranks = make(size, lanes, slot);
     const size_t elements = static_cast<size_t>(count);
     each(ranks, [&](uint32_t r) {
         Communicator& c = *ranks[r];
         c.endpoint.set_pull(true);
         c.endpoint.set_way(mixed && r % 2 ? 0 : 2 + r % 2);
-        auto plan = std::make_shared<Plan>(
-            gather(static_cast<int32_t>(r), static_cast<int32_t>(size), count, static_cast<int32_t>(lanes), 64), lanes,
-            256);
+        auto plan = std::make_shared<Plan>(gather(static_cast<int32_t>(r), static_cast<int32_t>(size), count,
+                                                  static_cast<int32_t>(lanes), segment_elements),
+                                           lanes, slot);
         Memory input(c, registered, elements);
         std::vector<float> output(elements * size);
         for (int run = 0; run < 5; ++run) {
@@ -245,6 +288,7 @@ void test_whole_blocks(uint32_t size, int64_t count, uint32_t lanes, bool mixed,
             expect(right, "all_gather gives all parts");
         }
     });
+    if (!mixed) expect(!staged({size, lanes, 2, slot}), "whole blocks are not copied");
 }
 
 void test_messages() {
@@ -254,7 +298,7 @@ void test_messages() {
         const uint32_t next = (r + 1) % 3, last = (r + 2) % 3;
         std::vector<std::shared_ptr<Work>> works;
         std::vector<std::vector<uint8_t>> sent, received;
-        const size_t sizes[] = {0, 1, 32, 33, 128, 1000, 5000};
+        const size_t sizes[] = {0, 1, 288, 289, inline_bytes + 1, 1000, 5000};
         for (size_t i = 0; i < 7; ++i) {
             sent.emplace_back(sizes[i], static_cast<uint8_t>(r * 7 + i));
             received.emplace_back(sizes[i]);
@@ -283,20 +327,20 @@ Kind kind_of(const std::function<void()>& call) {
 
 void test_failures() {
     {
-        Ranks ranks = make(3, 1, 256);
+        Ranks ranks = make(3, 1, slot);
         each(ranks, [&](uint32_t r) {
-            PlanParameters p = ring(static_cast<int32_t>(r), 3, 100, 1, 64);
+            PlanParameters p = ring(static_cast<int32_t>(r), 3, 1000, 1, segment_elements);
             if (r == 1) p.signature = 78;
-            auto plan = std::make_shared<Plan>(p, 1, 256);
-            std::vector<float> in(100), out(100);
+            auto plan = std::make_shared<Plan>(p, 1, slot);
+            std::vector<float> in(1000), out(1000);
             expect(kind_of([&] { ranks[r]->run(plan, in.data(), out.data(), patient); }) == Kind::mismatch, "mismatch");
         });
     }
     {
-        Ranks ranks = make(3, 1, 256);
+        Ranks ranks = make(3, 1, slot);
         each(ranks, [&](uint32_t r) {
-            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 3, 100, 1, 64), 1, 256);
-            std::vector<float> in(100), out(100);
+            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 3, 1000, 1, segment_elements), 1, slot);
+            std::vector<float> in(1000), out(1000);
             if (r == 2) return;
             expect(kind_of([&] { ranks[r]->run(plan, in.data(), out.data(), std::chrono::milliseconds(100)); }) ==
                        Kind::deadline,
@@ -304,10 +348,10 @@ void test_failures() {
         });
     }
     {
-        Ranks ranks = make(2, 1, 256);
+        Ranks ranks = make(2, 1, slot);
         each(ranks, [&](uint32_t r) {
-            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 2, 100, 1, 64), 1, 256);
-            std::vector<float> in(100), out(100);
+            auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 2, 1000, 1, segment_elements), 1, slot);
+            std::vector<float> in(1000), out(1000);
             if (r == 0)
                 ranks[r]->abort(static_cast<uint32_t>(Kind::aborted), "enough");
             else
@@ -315,9 +359,9 @@ void test_failures() {
         });
     }
     {
-        Ranks ranks = make(2, 1, 256);
-        auto plan = std::make_shared<Plan>(ring(1, 2, 100, 1, 64), 1, 256);
-        std::vector<float> in(100), out(100);
+        Ranks ranks = make(2, 1, slot);
+        auto plan = std::make_shared<Plan>(ring(1, 2, 1000, 1, segment_elements), 1, slot);
+        std::vector<float> in(1000), out(1000);
         ranks[0]->close();
         expect(kind_of([&] { ranks[1]->run(plan, in.data(), out.data(), patient); }) == Kind::peer_lost, "closed peer");
     }
@@ -328,9 +372,9 @@ void test_failures() {
 void test_broken_plans() {
     std::mt19937 random(11);
     int refused = 0, run = 0;
-    Ranks ranks = make(3, 1, 256);
+    Ranks ranks = make(3, 1, slot);
     for (int i = 0; i < 20000; ++i) {
-        PlanParameters p = i % 2 ? ring(0, 3, 100, 1, 64) : one_shot(0, 3, 100, 1, 64);
+        PlanParameters p = i % 2 ? ring(0, 3, 1000, 1, segment_elements) : one_shot(0, 3, 1000, 1, segment_elements);
         for (int change = 0; change < 3; ++change) {
             const size_t at = random() % p.code.size();
             p.code[at] = random() % 3 ? static_cast<int32_t>(random() % 12) - 2 : static_cast<int32_t>(random());
@@ -340,9 +384,9 @@ void test_broken_plans() {
         if (random() % 4 == 0)
             p.table[random() % p.table.size()] = static_cast<int64_t>(random()) * (random() % 2 ? 1 : -1);
         try {
-            const Plan plan(p, 1, 256);
-            if (i % 50 == 0) ranks = make(3, 1, 256);
-            std::vector<float> in(100), out(100);
+            const Plan plan(p, 1, slot);
+            if (i % 50 == 0) ranks = make(3, 1, slot);
+            std::vector<float> in(1000), out(1000);
             ranks[0]->endpoint.set_pull(true);
             ranks[0]->endpoint.set_way(i % 4);
             Execution execution(ranks[0]->endpoint);
@@ -370,14 +414,15 @@ int main() {
                         test_all_reduce(maker, size, count, lanes, mode);
                     }
     {
-        Ranks ranks = make(1, 1, 256);
-        ranks[0]->run(std::make_shared<Plan>(blank_plan(), 1, 256), nullptr, nullptr, patient);
+        Ranks ranks = make(1, 1, slot);
+        ranks[0]->run(std::make_shared<Plan>(blank_plan(), 1, slot), nullptr, nullptr, patient);
     }
     for (uint32_t size : {2u, 3u, 4u})
         for (int64_t count : {1, 100, 5001})
             for (uint32_t lanes : {1u, 2u, 3u})
                 for (bool mixed : {false, true})
                     for (bool registered : {false, true}) test_whole_blocks(size, count, lanes, mixed, registered);
+    test_threads();
     test_messages();
     test_failures();
     test_broken_plans();

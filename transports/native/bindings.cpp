@@ -259,14 +259,15 @@ PYBIND11_MODULE(_native, m) {
         .def(
             "wait",
             [](Persistent& p, py::object timeout) {
-                wait(p.started(), std::move(timeout));
-                p.forget_started();
+                const auto started = p.started();
+                wait(*started, std::move(timeout));
+                p.forget(started);
             },
             py::arg("timeout") = py::none(),
             "Wait until what was started is finished.\n\nRaises DeadlineExceeded after `timeout` seconds (it goes on), "
             "or what it failed with.")
         .def(
-            "is_completed", [](Persistent& p) { return p.started().work->finished(); },
+            "is_completed", [](Persistent& p) { return p.started()->work->finished(); },
             "Whether what was started is finished, well or not.");
     add_shortcut(m);
     m.def("fork_generation", &fork_generation);

@@ -22,6 +22,9 @@ namespace {
 
 constexpr int tick_milliseconds = 20;
 
+// Between calls that read a peer's memory an abort is seen. (One call reads 2 GiB at most.)
+constexpr size_t longest_pull = 16 << 20;
+
 // A sender publishes and then looks whether the receiver sleeps; the receiver says that it sleeps and then looks
 // whether something came. Both need a full fence between their two steps. membarrier puts the sender's fence into
 // the (slow) receiver; where the kernel lacks it a sleep is short instead, as its wake-up may be missed.
@@ -228,7 +231,15 @@ const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) co
 const uint8_t* Endpoint::direct_part(uint32_t peer, const Descriptor& descriptor, size_t part, size_t bytes) {
     if (!heaps_[peer]) {
         const Control& theirs = control(peer);
-        heaps_[peer] = Region::attach(theirs.pid, theirs.heap_fd, theirs.heap_bytes.load(std::memory_order_acquire));
+        try {
+            heaps_[peer] =
+                Region::attach(theirs.pid, theirs.heap_fd, theirs.heap_bytes.load(std::memory_order_acquire));
+        } catch (const Failure& failure) {
+            if (gone(peer)) lost(peer, *text_ + " #" + shown(sequence_));
+            fail(static_cast<uint32_t>(Kind::transport), "rank " + std::to_string(rank_) +
+                                                             " could not map the registered memory of rank " +
+                                                             std::to_string(peer) + ": " + failure.what());
+        }
     }
     uint64_t offset;
     std::memcpy(&offset, descriptor.payload + part * sizeof(offset), sizeof(offset));
@@ -247,8 +258,19 @@ void Endpoint::pull(uint32_t peer, const Descriptor& descriptor, const Span* spa
         there[i] = {reinterpret_cast<void*>(address), spans[i].bytes};
         wanted += spans[i].bytes;
     }
-    // One call reads up to 2 GB, and a message is far shorter; less than all means that the rest is not there.
-    const ssize_t got = process_vm_readv(control(peer).pid, here, span_count, there, span_count, 0);
+    if (wanted <= longest_pull) return pull_some(peer, here, there, span_count, wanted);
+    for (size_t i = 0; i < span_count; ++i)
+        for (size_t done = 0; done < spans[i].bytes; done += longest_pull) {
+            check_abort();
+            const size_t now = std::min(longest_pull, spans[i].bytes - done);
+            const iovec to{static_cast<uint8_t*>(here[i].iov_base) + done, now};
+            const iovec from{static_cast<uint8_t*>(there[i].iov_base) + done, now};
+            pull_some(peer, &to, &from, 1, now);
+        }
+}
+
+void Endpoint::pull_some(uint32_t peer, const iovec* here, const iovec* there, size_t count, size_t wanted) {
+    const ssize_t got = process_vm_readv(control(peer).pid, here, count, there, count, 0);
     if (got == static_cast<ssize_t>(wanted)) return;
     const int error = errno;
     check_abort();
@@ -257,6 +279,14 @@ void Endpoint::pull(uint32_t peer, const Descriptor& descriptor, const Span* spa
          "rank " + std::to_string(rank_) + " could not read " + std::to_string(wanted) + " bytes of rank " +
              std::to_string(peer) + "'s memory" + (got < 0 ? std::string(": ") + std::strerror(error) : "") +
              ": was a buffer freed while the call ran?");
+}
+
+bool Endpoint::readable(const void* address, size_t bytes) const {
+    if (bytes == 0) return true;
+    uint8_t ends[2];
+    auto* first = static_cast<uint8_t*>(const_cast<void*>(address));
+    iovec here{ends, 2}, there[2] = {{first, 1}, {first + bytes - 1, 1}};
+    return process_vm_readv(getpid(), &here, 1, there, 2, 0) == 2;
 }
 
 std::shared_ptr<Region> Endpoint::heap(size_t bytes) {

@@ -1,6 +1,8 @@
 // One rank's end of a shared-memory group: its channels to every peer, and how it waits, aborts and diagnoses.
 #pragma once
 
+#include <sys/uio.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -117,6 +119,8 @@ class Endpoint {
     const uint8_t* direct_part(uint32_t peer, const Descriptor& descriptor, size_t part, size_t bytes);
     // Copies the parts of a message in the peer's private memory to where the spans say.
     void pull(uint32_t peer, const Descriptor& descriptor, const Span* spans, size_t span_count);
+    // Whether peers can pull these bytes of this rank: a driver's mapping (pinned memory, say) can not be read so.
+    bool readable(const void* address, size_t bytes) const;
     // Gives back all messages received so far on the channel.
     void release(uint32_t peer, uint32_t lane);
 
@@ -211,6 +215,7 @@ class Endpoint {
     bool has_room(const uint32_t* peers, uint32_t n, uint32_t lane);
     Descriptor& next_descriptor(uint32_t peer, uint32_t lane, uint32_t signature, size_t bytes, uint32_t where);
     void publish(uint32_t peer, uint32_t lane);
+    void pull_some(uint32_t peer, const iovec* here, const iovec* there, size_t count, size_t wanted);
     [[noreturn]] void throw_abort() const;
     [[noreturn]] void refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs);
     void ring_if_sleeping(Control& control) {

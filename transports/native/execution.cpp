@@ -45,6 +45,8 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         way_ = Way::of(*endpoint_.way());
         way_.lent = way_.lent && can_lend;
     }
+    if (way_.lent && !registered && !may_be_pulled(plan, input, output)) way_.lent = false;
+    read_lent_ = false;
     // What was staged past the cache should be in the cache as the caller finds it, if it fits.
     const size_t outputs =
         static_cast<size_t>(plan.parameters.output_count) * plan.itemsize * endpoint_.geometry().size;
@@ -87,6 +89,8 @@ Outcome Execution::progress() {
     for (uint32_t l = 0; l < lanes; ++l)
         if (unfinished_ != 0 && lanes_[l].segment < plan_->parameters.segments && run(l)) moved = true;
     if (unfinished_ == 0) {
+        // Who lent may have given up and changed what was read.
+        if (read_lent_) endpoint_.check_abort();
         // Whoever receives sees a foreign signature; whoever only sends would not notice.
         if (!plan_->receives) {
             std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
@@ -151,6 +155,16 @@ bool Execution::run(uint32_t lane_index) {
                 break;
         }
     }
+}
+
+bool Execution::may_be_pulled(const Plan& plan, const void* input, const void* output) {
+    const size_t read = static_cast<size_t>(plan.parameters.input_count) * plan.itemsize;
+    const size_t written = static_cast<size_t>(plan.parameters.output_count) * plan.itemsize;
+    const Probed now{input, output, read, written};
+    if (now == probed_) return true;
+    if (!endpoint_.readable(input, read) || !endpoint_.readable(output, written)) return false;
+    probed_ = now;
+    return true;
 }
 
 size_t Execution::block_bytes(int32_t block, const Lane& lane, bool whole) const {
@@ -236,8 +250,10 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
         if (descriptor->signature != signature(row, lane.segment))
             endpoint_.mismatch(peer, " (a message has the wrong signature)");
         whole = descriptor->where == pulled_whole;
-        if (whole && !plan.parameters.straight)
-            endpoint_.mismatch(peer, " (whole blocks came where segments were expected)");
+        const bool pulls = whole || descriptor->where == pulled;
+        if ((whole && !plan.parameters.straight) || (pulls && row.count > lent_parts))
+            endpoint_.mismatch(peer, " (a lent message came where none can be)");
+        read_lent_ = read_lent_ || pulls || descriptor->where == direct;
         if (whole) bytes = message_bytes(row, lane, true);
         if (descriptor->length != bytes)
             endpoint_.mismatch(peer, " (a message of " + std::to_string(descriptor->length) + " bytes came where " +

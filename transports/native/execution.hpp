@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "endpoint.hpp"
@@ -55,6 +56,8 @@ class Execution {
     // A message that was lent and that its reader has not given back: of those that the lane's row reclaims, or of all
     // if the lane is at the end.
     std::optional<Unread> unread(uint32_t lane_index, const Lane& lane) const;
+    // Whether peers can read the buffers where they lie. What was found readable last is remembered.
+    bool may_be_pulled(const Plan& plan, const void* input, const void* output);
     uint8_t* landing(Register& reg, size_t bytes);
     void write(const Operand& destination, const Lane& lane, size_t bytes, const uint8_t* from);
     void fold(const Row& row, const Lane& lane, size_t elements);
@@ -79,6 +82,9 @@ class Execution {
     bool whole_ = false;
     std::vector<uint8_t> arrived_;    // by row: its blocks have come whole
     bool output_past_cache_ = false;  // what is copied to the output
+    using Probed = std::tuple<const void*, const void*, size_t, size_t>;
+    Probed probed_{};
+    bool read_lent_ = false;  // this run has read what a peer lent
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;

@@ -77,7 +77,6 @@ class Mailbox {
     bool progress_sends(uint32_t peer);
     bool progress_receives(uint32_t peer);
     void settle(uint32_t peer, Arriving& arriving);
-    void take(uint32_t peer, Arriving& arriving, const uint8_t* data, size_t bytes);
     void finish(uint32_t peer, Arriving& arriving);
     void check_length(const Receiving& receive, uint32_t peer, size_t bytes);
     void check_signature(uint32_t peer, const Descriptor& descriptor, uint32_t signature);

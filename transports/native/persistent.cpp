@@ -21,9 +21,9 @@ void Persistent::start() {
     started_ = dispatcher_->start(plan_, input_, output_, buffers_);
 }
 
-PendingWork& Persistent::started() {
+std::shared_ptr<PendingWork> Persistent::started() const {
     if (!started_) throw Failure(Kind::argument, plan_->parameters.text + " has not been started: call start() first");
-    return *started_;
+    return started_;
 }
 
 namespace {

@@ -17,11 +17,14 @@ class Persistent {
 
     // Runs it in the calling thread.
     void run();
-    // Queues it; refuses while the last start has not been waited for.
+    // Queues it; refuses while the last start is not finished.
     void start();
     // What was started last; refuses if there is nothing.
-    PendingWork& started();
-    void forget_started() { started_.reset(); }
+    std::shared_ptr<PendingWork> started() const;
+    // It has been waited for; unless another was started since.
+    void forget(const std::shared_ptr<PendingWork>& waited_for) {
+        if (started_ == waited_for) started_.reset();
+    }
 
     // Makes a Python type's instances callable at C's price.
     static void make_callable(PyHeapTypeObject* type);

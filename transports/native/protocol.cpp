@@ -24,9 +24,14 @@ void Protocol::end_window() {
         for (uint32_t i = 0; i < taken(); ++i) last[i] = last_[(window_ - i) % samples];
         double* median = last + (taken() - 1) / 2;
         std::nth_element(last, median, last + taken());
-        cost_[current_] = *median;
+        // One slow window of the best way does not count: a long run's is one sample.
+        const bool goes_on = current_ == best_ && last_best_ != 0;
+        cost_[current_] = goes_on ? std::min(*median, last_best_) : *median;
+        if (current_ == best_) last_best_ = *median;
+        const int before = best_;
         for (int way = 0; way < ways_; ++way)
             if (cost_[way] != 0 && (cost_[best_] == 0 || cost_[way] < 0.9 * cost_[best_])) best_ = way;
+        if (best_ != before) last_best_ = 0;
     }
     run_ = 0;
     ++windows_;

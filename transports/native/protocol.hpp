@@ -21,8 +21,8 @@ struct Way {
 // Decides on the way by how long the plan's runs took. Which is the fastest depends on what the ranks' cores share, and
 // a hypervisor may move them at any time; the wrong choice was seen to cost 5 times. What a way leaves in the caches
 // slows the next one down at first, so ways are measured in windows of runs, by the median of the last few. All
-// are tried in the first windows, and one of them in every 32nd later on. All ranks make the same runs, so they try
-// together; they need not agree.
+// are tried in the first windows, and one of them in every 32nd later on. Ranks make the same runs, so those with
+// messages of one length try together; they need not agree.
 class Protocol {
   public:
     // The way of the next run, in which `run_bytes` go to a peer through its `arena_bytes`.
@@ -44,6 +44,7 @@ class Protocol {
     int ways_ = 0, best_ = 0, current_ = 0;
     double last_[samples] = {};     // seconds of the window's last runs
     double cost_[Way::count] = {};  // seconds; 0: not known
+    double last_best_ = 0;          // of the last window of the best way
 };
 
 }  // namespace abccl
