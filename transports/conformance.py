@@ -137,7 +137,7 @@ def check_sizes(make: Make, patience: float = PATIENCE) -> None:
     def main(transport: Transport) -> None:
         deadline, peer = time.monotonic() + patience, 1 - transport.rank
         slot = transport.slot_bytes
-        for length in (0, 1, 64, 287, 288, 289, 304, 305, 4097, 65536, slot - 1, slot, slot + 1, (3 << 20) + 5):
+        for length in (0, 1, 64, 4097, 287, 288, 289, 304, 305, 65536, slot - 1, slot, slot + 1, (3 << 20) + 5):
             memory = bytearray(b"\xa5" * (length + 2 * _GUARD + 1))
             into = memoryview(memory)[_GUARD + 1 : _GUARD + 1 + length]
             # Both send first: a transport without room must take the receive that is posted behind the send.
