@@ -28,10 +28,11 @@ def shortcut(
     """
 
     def decorate(method: Method) -> Method:
-        names = list(inspect.signature(method).parameters)[1:]
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        names = [parameter.name for parameter in parameters]
         slots = [names.index(name) if name is not None else -1 for name in (x, out, op, root)]
-        parameters = list(inspect.signature(method).parameters.values())[1 : max(slots) + 2]
-        defaults = tuple(p.default for p in parameters if p.default is not inspect.Parameter.empty)
+        named = parameters[: max(slots) + 1]
+        defaults = tuple(p.default for p in named if p.default is not inspect.Parameter.empty)
         return cast(Method, _native.Shortcut(method, collective, (slots[0], slots[1], slots[2], slots[3]), defaults))
 
     return decorate

@@ -25,16 +25,15 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     output_ = static_cast<uint8_t*>(output);
     const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text);
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
-    const size_t from = endpoint_.streaming_from();
+    streaming_from_ = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
     lend_from_ = endpoint_.way() ? inline_bytes + 1 : lend_from;
     const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
     const bool adapts = endpoint_.adapts() && !endpoint_.way() && plan.longest_message > inline_bytes;
     measures_ = false;
-    way_ = {can_lend && registered, plan.longest_message >= from};
+    way_ = {can_lend && registered, plan.longest_message >= streaming_from_};
     // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
     first_lane_ = static_cast<uint32_t>(number % endpoint_.geometry().lanes);
-    streaming_from_ = from;
     if (adapts) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
         way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
