@@ -1,12 +1,14 @@
 """abccl: a collective communication library with pluggable algorithms.
 
-Communicate: `init`, `spawn`, `Communicator`. Write an algorithm: `algorithm`, `send`, `recv`; prove it: `replay`.
+Communicate: `init`, `spawn`, `Communicator`. Train with torch: `abccl.buckets`, or torch.distributed's backend "abccl".
+Write an algorithm: `algorithm`, `send`, `recv`; prove it: `replay`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from abccl import buckets as buckets
     from abccl.algorithms import (
         Collective,
         algorithm,
@@ -71,6 +73,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # `import torch` imports this file, to find the backend: what is heavy is loaded when it is asked for.
+    if name == "buckets":
+        return importlib.import_module("abccl.buckets")
     if name in __all__:
         for home in ("abccl.errors", "abccl.collectives", "abccl.algorithms"):
             module = importlib.import_module(home)
@@ -81,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "buckets"]

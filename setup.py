@@ -14,6 +14,7 @@ ROOMS = [
     "algorithms",
     "bench",
     "collectives",
+    "collectives.buckets",
     "collectives.torch",
     "collectives.tuner",
     "cuda",  # without an __init__.py: see cuda/README.md

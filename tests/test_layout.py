@@ -17,9 +17,11 @@ from abccl.tools.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What each room may import of abccl. `errors` is a file; the others are folders.
+# What each room may import of abccl. `errors` is a file, and so is `buckets`, the public name of a room's room; the
+# others are folders.
 MAY_IMPORT = {
     "errors": set(),
+    "buckets": {"collectives"},
     "algorithms": {"errors"},
     "cuda": {"errors"},
     "transports": {"errors", "algorithms", "cuda"},
@@ -60,7 +62,7 @@ def files(root: Path = ROOT) -> Iterator[Path]:
 
 def modules() -> dict[str, Path]:
     """The package's modules as "algorithms.ring", and "" for the root's `__init__`."""
-    found = [*ROOT.glob("__init__.py"), *ROOT.glob("errors.py")]
+    found = [ROOT / f"{name}.py" for name in ("__init__", "errors", "buckets")]
     for room in MAY_IMPORT:
         found += sorted((ROOT / room).rglob("*.py"))
     return {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import Communicator
 from .futures import Completion, join_completions
+from .profiling import Observer
 
 # Without types: torch's stubs give most methods as overloads, and subclasses take them all in one signature.
 _ProcessGroup: Any = dist.ProcessGroup
@@ -57,6 +58,7 @@ class Group(_ProcessGroup):  # type: ignore[misc]
         self._sequence = 0
         self._timeout_lock = threading.Lock()
         self._completion = Completion(f"abccl futures of rank {communicator.rank}")
+        self._observer = Observer(communicator, self._completion)
         self._backend = _Backend(self)
         _open.add(self)
 

@@ -74,6 +74,7 @@ class ProcessGroup(Group):
             # The fastest way; what it does not take comes out of it with nothing sent.
             operator = OPERATORS.get(hash(opts.reduceOp))
             if operator is not None and opts.timeout == UNSET:
+                self._observer.look()
                 try:
                     self._communicator.all_reduce(tensors[0], operator)
                     self._sequence += 1
@@ -392,6 +393,7 @@ class ProcessGroup(Group):
             start: starts the operations, and waits for them if its argument is false.
         """
         self._sequence += 1
+        self._observer.look()
         try:
             if opts.timeout != UNSET:
                 parts = self._start_within(opts.timeout.total_seconds(), start)

@@ -173,7 +173,16 @@ PYBIND11_MODULE(_native, m) {
              "on), or what the operation failed with.")
         .def("finishes_within", &finishes_within, py::arg("timeout"),
              "Like wait, and False instead of DeadlineExceeded.")
-        .def_property_readonly("source", [](const PendingWork& pending) { return pending.work->source; });
+        .def_property_readonly("source", [](const PendingWork& pending) { return pending.work->source; })
+        .def_property_readonly(
+            "times",
+            [](const PendingWork& pending) {
+                const auto time = [](Deadline at) {
+                    return std::chrono::duration<double>(at.time_since_epoch()).count();
+                };
+                return std::make_pair(time(pending.work->started), time(pending.work->ended));
+            },
+            "When a finished collective was taken up, and when it ended, by the clock of time.monotonic().");
 
     py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
         .def(py::init([](uint32_t rank, const Geometry& geometry, std::shared_ptr<Region> own) {
@@ -246,6 +255,7 @@ PYBIND11_MODULE(_native, m) {
              py::arg("communicator").none(true), py::arg("bind"), py::arg("execute"), py::arg("timeout"))
         .def("function", [](py::object self) { return self.cast<Dispatcher&>().function(self); })
         .def("set_timeout", &Dispatcher::set_timeout)
+        .def("set_observer", &Dispatcher::set_observer)
         .def("forget", &Dispatcher::forget);
     py::class_<Persistent>(m, "Persistent",
                            "A collective whose arguments were checked once: call it, or start() it and wait().",

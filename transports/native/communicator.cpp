@@ -169,7 +169,8 @@ Outcome Communicator::progress() {
             endpoint.check_abort();
             if (!started_) {
                 execution_.start(*task->plan, task->input, task->output);
-                deadline_ = Clock::now() + task->timeout;
+                task->work->started = Clock::now();
+                deadline_ = task->work->started + task->timeout;
                 started_ = true;
             }
             const Outcome outcome = execution_.progress();

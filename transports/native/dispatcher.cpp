@@ -92,7 +92,7 @@ PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
         py::object bound = miss(arguments);
         Bound once{nullptr, bound, {}};
         if (py::isinstance<Plan>(bound)) once.plan = bound.cast<std::shared_ptr<Plan>>();
-        return run(once, arguments, x, out, asynchronous);
+        return run_observed(once, arguments, x, out, asynchronous);
     }
     const Key key{PyLong_AsLong(arguments[0]) << 32 | root,
                   x.count,
@@ -112,12 +112,28 @@ PyObject* Dispatcher::call(PyObject* const* arguments, Py_ssize_t count) {
         if (py::isinstance<Plan>(bound)) kept.plan = bound.cast<std::shared_ptr<Plan>>();
         found = bound_.emplace(key, std::move(kept)).first;
     }
-    return run(found->second, arguments, x, out, asynchronous);
+    return run_observed(found->second, arguments, x, out, asynchronous);
 }
 
 py::object Dispatcher::miss(PyObject* const* arguments) {
     return bind_(py::handle(arguments[0]), py::handle(arguments[1]), py::handle(arguments[2]), py::handle(arguments[3]),
                  py::handle(arguments[4]), py::handle(arguments[5]));
+}
+
+PyObject* Dispatcher::run_observed(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out,
+                                   bool asynchronous) {
+    if (observer_.is_none() || !bound.plan) return run(bound, arguments, x, out, asynchronous);
+    const Bound kept = bound;  // the observer may call, and what is bound may change
+    py::object ended = observer_(kept.plan->parameters.text);
+    py::object result;
+    try {
+        result = py::reinterpret_steal<py::object>(run(kept, arguments, x, out, asynchronous));
+    } catch (...) {
+        ended(py::none());
+        throw;
+    }
+    ended(result);
+    return result.release().ptr();
 }
 
 PyObject* Dispatcher::run(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out,

@@ -47,6 +47,9 @@ class Dispatcher {
                                        pybind11::object buffers);
 
     void set_timeout(double seconds) { timeout_ = abccl::seconds(seconds); }
+    // From now on every call is told: `observer(text)` before it starts, and what that returned is called with the work
+    // after it has started, or with None after it has run or failed. None ends it.
+    void set_observer(pybind11::object observer) { observer_ = std::move(observer); }
     // Binds everything anew from now on: an algorithm has changed.
     void forget();
 
@@ -68,11 +71,13 @@ class Dispatcher {
 
     pybind11::object miss(PyObject* const* arguments);
     PyObject* run(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out, bool asynchronous);
+    PyObject* run_observed(const Bound& bound, PyObject* const* arguments, const Array& x, const Array& out,
+                           bool asynchronous);
     void check_generation() const;
     void let_go();
 
     std::shared_ptr<Communicator> communicator_;
-    pybind11::object bind_, execute_;
+    pybind11::object bind_, execute_, observer_ = pybind11::none();
     Timeout timeout_;
     std::unordered_map<Key, Bound, Hash> bound_;
     std::vector<std::shared_ptr<PendingWork>> pending_;  // buffers of what is under way

@@ -29,6 +29,7 @@ bool Work::wait(Deadline deadline, bool ticks) {
 }
 
 void Work::set(uint32_t state) {
+    ended = Clock::now();
     state_.store(state, std::memory_order_release);
     syscall(__NR_futex, &state_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }

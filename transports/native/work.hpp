@@ -15,6 +15,9 @@ class Work {
     // The rank that a finished receive came from.
     uint32_t source = 0;
 
+    // When the engine took it up, and when it let go of it. Written by the engine, read once finished.
+    Deadline started{}, ended{};
+
     void succeed() { set(1); }
     void fail(std::exception_ptr error) {
         error_ = std::move(error);

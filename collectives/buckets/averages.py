@@ -1,0 +1,247 @@
+"""How one flat bucket is averaged over all ranks: as it is, in half precision, or in 8-bit integers.
+
+An average is started, goes on in the background, and is finished by whoever waits for it. Averages of a group are
+started in the same order on all ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, DeadlineExceeded
+from ..communicator import Communicator
+from .quantize import BLOCK, dequantize, packed_bytes, quantize
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPRESSIONS = (None, *HALVES, "int8")
+
+Times = tuple[float, float]
+"""When an operation was taken up and when it ended, by the clock of time.monotonic()."""
+
+
+class Pending:
+    """An average under way.
+
+    Args:
+        work: has `wait`, `finishes_within`, `is_completed` and `times`.
+        finish: puts the result where it belongs.
+    """
+
+    def __init__(self, work: Any, finish: Callable[[], None] | None = None) -> None:
+        self._work, self._finish = work, finish
+        self.is_completed, self.finishes_within = work.is_completed, work.finishes_within
+
+    def wait(self) -> None:
+        """Wait until the bucket holds the result. Raises what the operation failed with."""
+        self._work.wait()
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+    @property
+    def times(self) -> Times:
+        """When it ran; only once it is finished."""
+        times: Times = self._work.times
+        return times
+
+
+class Average(ABC):
+    """Averages the values of one bucket, again and again.
+
+    Args:
+        comm: the ranks.
+        count: the bucket's elements; to reduce-scatter, a multiple of `Averages.multiple`.
+        dtype: its element type.
+    """
+
+    def __init__(self, comm: Communicator, count: int, dtype: torch.dtype) -> None:
+        self.comm, self.count, self.dtype = comm, count, dtype
+
+    @abstractmethod
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """Start to make `flat` the average of all ranks' `flat`."""
+
+    @abstractmethod
+    def reduce_scatter(self, flat: Tensor) -> Pending:
+        """Start to make this rank's part of `flat` the average of all ranks' parts there. The rest is undefined."""
+
+    def own(self, flat: Tensor) -> Tensor:
+        """This rank's part of a bucket."""
+        part = self.count // self.comm.size
+        return flat[self.comm.rank * part : (self.comm.rank + 1) * part]
+
+
+class Exact(Average):
+    """In the bucket's own type. 2 (size - 1)/size of its bytes per rank, half of that to reduce-scatter."""
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """See `Average`."""
+        return Pending(self.comm.all_reduce(flat, "avg", async_op=True))
+
+    def reduce_scatter(self, flat: Tensor) -> Pending:
+        """See `Average`."""
+        return Pending(self.comm.reduce_scatter(self.own(flat), flat, "avg", async_op=True))
+
+
+class Halved(Average):
+    """In 16-bit floating point: half of float32's bytes. Divided by the size first, or the sum might overflow."""
+
+    def __init__(self, comm: Communicator, count: int, dtype: torch.dtype, half: torch.dtype) -> None:
+        super().__init__(comm, count, dtype)
+        self._half: Tensor = comm.empty(count, half)
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """See `Average`."""
+        torch.mul(flat, 1 / self.comm.size, out=self._half)
+        return Pending(self.comm.all_reduce(self._half, async_op=True), lambda: _copy(flat, self._half))
+
+    def reduce_scatter(self, flat: Tensor) -> Pending:
+        """See `Average`."""
+        torch.mul(flat, 1 / self.comm.size, out=self._half)
+        part, half = self.own(flat), self.own(self._half)
+        return Pending(self.comm.reduce_scatter(half, self._half, async_op=True), lambda: _copy(part, half))
+
+
+class Quantized(Average):
+    """In block-scaled 8-bit integers, as ZeRO++ (arXiv 2306.10209, section 3.3) does it: 0.25 of float32's bytes.
+
+    Every rank quantises its bucket and sends each rank its part (all_to_all); who gets them dequantises and folds them
+    in float32, in the order of the ranks; to all-reduce, it quantises its part of the average and all_gathers it.
+
+    Error feedback: what is rounded off stays and is added to the next gradient, so over many steps nothing is lost.
+
+    Error of one element: at most M / 127, where M is the mean over the ranks of the largest magnitude, residual
+    included, of its block (M / 254 by each of the two roundings). The average over n steps is off by at most M / 127 /
+    n.
+    """
+
+    def __init__(self, comm: Communicator, count: int, dtype: torch.dtype, thread: ThreadPoolExecutor) -> None:
+        super().__init__(comm, count, dtype)
+        part = -(-count // (comm.size * BLOCK)) * BLOCK
+        row = packed_bytes(part)
+        self._thread = thread
+        self._values = torch.zeros(comm.size, part)  # what was rounded off, and then what is sent
+        self._average = torch.zeros(part)  # this rank's part of the average, and what is rounded off of it
+        self._scratch = torch.empty(part)
+        self._residual = torch.zeros(part)
+        self._sent: Tensor = comm.empty((comm.size, row), torch.uint8)
+        self._received: Tensor = comm.empty((comm.size, row), torch.uint8)
+        self._packed: Tensor = comm.empty((1, row), torch.uint8)
+        self._gathered: Tensor = comm.empty((comm.size, row), torch.uint8)
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """See `Average`."""
+        return Pending(Submitted(self._thread, lambda: self._all_reduce(flat)))
+
+    def reduce_scatter(self, flat: Tensor) -> Pending:
+        """See `Average`. One rounding, so half the error."""
+        return Pending(Submitted(self._thread, lambda: self._reduce_scatter(flat)))
+
+    def _all_reduce(self, flat: Tensor) -> None:
+        self._exchange(flat)
+        self._residual.add_(self._average)
+        quantize(self._residual.view(1, -1), self._packed)
+        self.comm.all_gather(self._gathered, self._packed)
+        for row, part in zip(self._gathered, torch.split(flat, self._scratch.numel())):
+            dequantize(row, self._scratch)
+            part.copy_(self._scratch[: part.numel()])
+
+    def _reduce_scatter(self, flat: Tensor) -> None:
+        self._exchange(flat)
+        self.own(flat).copy_(self._average)
+
+    def _exchange(self, flat: Tensor) -> None:
+        """Make `_average` this rank's part of the average."""
+        self._values.view(-1)[: self.count].add_(flat)
+        quantize(self._values, self._sent)
+        self.comm.all_to_all(self._received, self._sent)
+        self._average.zero_()
+        for row in self._received:
+            dequantize(row, self._scratch)
+            self._average.add_(self._scratch)
+        self._average.div_(self.comm.size)
+
+
+class Submitted:
+    """Work of a thread of one's own."""
+
+    def __init__(self, thread: ThreadPoolExecutor, operation: Callable[[], None]) -> None:
+        self._future: Future[Times] = thread.submit(self._run, operation)
+
+    @staticmethod
+    def _run(operation: Callable[[], None]) -> Times:
+        started = time.monotonic()
+        with torch.no_grad():
+            operation()
+        return started, time.monotonic()
+
+    def is_completed(self) -> bool:
+        """Whether it is finished, well or not."""
+        return self._future.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it is finished, raise what it failed with."""
+        if not self.finishes_within(timeout):
+            raise DeadlineExceeded(f"not finished after {timeout} s; it goes on, wait again or abort the communicator")
+
+    def finishes_within(self, timeout: float | None) -> bool:
+        """Like wait, and False instead of DeadlineExceeded."""
+        try:
+            self._future.result(timeout)
+        except NotYet:
+            if self._future.done():
+                raise
+            return False
+        return True
+
+    @property
+    def times(self) -> Times:
+        """When it ran; only once it is finished."""
+        return self._future.result()
+
+
+class Averages:
+    """Makes averages for the buckets of one group.
+
+    Args:
+        comm: the ranks; no others may use this communicator.
+        compress: None, "bf16", "fp16" or "int8".
+
+    Raises:
+        ArgumentError: no such compression.
+    """
+
+    def __init__(self, comm: Communicator, compress: str | None) -> None:
+        if compress not in COMPRESSIONS:
+            known = ", ".join(repr(name) for name in COMPRESSIONS)
+            raise ArgumentError(f"compress must be one of {known}, and is {compress!r}")
+        self.comm, self.compress = comm, compress
+        self.multiple = comm.size * BLOCK
+        self._thread = ThreadPoolExecutor(1, f"abccl buckets of rank {comm.rank}") if compress == "int8" else None
+
+    def make(self, count: int, dtype: torch.dtype) -> Average:
+        """For a bucket. Complex numbers, and what is no wider than the compressed type, go as they are."""
+        if self.compress is None or dtype.is_complex or dtype.itemsize <= 1:
+            return Exact(self.comm, count, dtype)
+        if self._thread is not None:
+            return Quantized(self.comm, count, dtype, self._thread)
+        half = HALVES[self.compress]
+        return Exact(self.comm, count, dtype) if dtype.itemsize <= 2 else Halved(self.comm, count, dtype, half)
+
+    def close(self) -> None:
+        """Give everything back; what is under way fails."""
+        self.comm.close()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)

@@ -1,0 +1,91 @@
+"""A communication hook for DistributedDataParallel: its buckets, averaged by abccl, compressed if wanted."""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ..communicator import Communicator
+from ..torch.futures import Completion, GroupWork
+from ..torch.process_group import ProcessGroup
+from .averages import Average, Averages
+
+
+class HookState:
+    """What the hook keeps from step to step, one for each model.
+
+    Args:
+        group: whose ranks average: a process group of backend "abccl", or a communicator; the default group if None.
+        compress: None, "bf16", "fp16" or "int8", as for `GradientBuckets`.
+
+    Raises:
+        ArgumentError: the group is not abccl's; no such compression.
+    """
+
+    def __init__(self, group: Any = None, compress: str | None = None) -> None:
+        communicator = _communicator(group)
+        # Of its own: DDP and the user make calls on theirs, in an order that has nothing to do with the buckets'.
+        own = communicator.split(0, communicator.rank)
+        assert own is not None
+        self._averages = Averages(own, compress)
+        self._buckets: dict[int, tuple[list[torch.Size], Average]] = {}
+        self._completion = Completion(f"abccl bucket futures of rank {own.rank}")
+
+    def start(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Start to average the bucket's gradients; the future's value is their flat tensor."""
+        flat = bucket.buffer()
+        # DDP makes its buckets anew after the first step: what was rounded off in the old ones belongs to no other.
+        shapes = [parameter.shape for parameter in bucket.parameters()]
+        known = self._buckets.get(bucket.index())
+        if known is None or known[0] != shapes:
+            known = self._buckets[bucket.index()] = (shapes, self._averages.make(flat.numel(), flat.dtype))
+        work = GroupWork([known[1].all_reduce(flat)], [flat], None, self._completion)
+        value: Any = work.get_future().then(_first)
+        return value
+
+
+def hook(
+    state: HookState | Communicator | dist.ProcessGroup | None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """Average a bucket of DistributedDataParallel over abccl: `model.register_comm_hook(state, abccl.buckets.hook)`.
+
+    Args:
+        state: a HookState; or a group, the default one if None, of which one is made at the first call (collective).
+    """
+    kept = state if isinstance(state, HookState) else _state_of(state)
+    return kept.start(bucket)
+
+
+_states: "weakref.WeakKeyDictionary[Communicator, HookState]" = weakref.WeakKeyDictionary()
+
+
+def _state_of(group: Any) -> HookState:
+    communicator = _communicator(group)
+    state = _states.get(communicator)
+    if state is None:
+        state = _states[communicator] = HookState(communicator)
+    return state
+
+
+def _communicator(group: Any) -> Communicator:
+    if group is None:
+        group = dist.group.WORLD
+    if isinstance(group, Communicator):
+        return group
+    if isinstance(group, ProcessGroup):
+        return group._communicator
+    raise ArgumentError(
+        f"abccl.buckets.hook averages over abccl's groups, and got {group!r}: init_process_group('abccl'), or pass "
+        "HookState(abccl.init())"
+    )
+
+
+def _first(future: Any) -> Tensor:
+    tensor: Tensor = future.value()[0]
+    return tensor

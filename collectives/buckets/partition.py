@@ -1,0 +1,132 @@
+"""Parameters of which every rank updates its part, and which are gathered before they are used again.
+
+Centauri (ASPLOS 2024) splits the all_reduce of gradients into a reduce_scatter during backward and an all_gather during
+the next forward; between the two each rank's optimizer updates 1/size of the parameters, and holds 1/size of the state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ArgumentError
+from ..communicator import Communicator
+from .layout import Layout
+
+
+class Partition:
+    """The parameters of a module, moved to flat buckets in registered memory.
+
+    Attributes:
+        shards: this rank's part of each bucket, a Parameter that an optimizer updates.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+        self._comm, self._parameters = comm, parameters
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._layouts: list[Layout] = []
+        self._values: list[Tensor] = []
+        self._pending: dict[int, Any] = {}  # the gathers under way, by the number of their bucket
+        self._bucket_of: dict[int, int] = {}
+        self.shards: list[nn.Parameter] = []
+        self._waited = 0.0
+        self._hooks = self._watch(module)
+
+    def _watch(self, module: nn.Module) -> list[Any]:
+        numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
+        hooks: list[Any] = []
+        for part in module.modules():
+            own = [numbers[id(p)] for p in part.parameters(recurse=False) if id(p) in numbers]
+            if own:
+                hooks.append(part.register_forward_pre_hook(partial(self._before_use, own)))
+        register: Any = module.register_state_dict_pre_hook
+        hooks.append(register(lambda *_: self.wait()))
+        return hooks
+
+    def _before_use(self, own: Sequence[int], *_: Any) -> None:
+        if self._pending:
+            started = time.monotonic()
+            self.wait({self._bucket_of[number] for number in own})
+            self._waited += time.monotonic() - started
+
+    def move(self, layouts: list[Layout]) -> list[Layout]:
+        """Lay the parameters out anew; optimizers follow. If one has state, it belongs to the present layout: stay.
+
+        Returns:
+            The layout that holds now.
+        """
+        self.wait()
+        if any(optimizer.state for optimizer in self._optimizers):
+            return self._layouts
+        values = []
+        for layout in layouts:
+            flat: Tensor = self._comm.empty(layout.count, layout.dtype)
+            flat.zero_()
+            for piece in layout.pieces:
+                parameter = self._parameters[piece.parameter]
+                view = flat[piece.offset : piece.offset + piece.count].view(parameter.shape)
+                view.copy_(parameter.detach())
+                parameter.data = view
+            values.append(flat)
+        self._values = values
+        self._bucket_of = {piece.parameter: k for k, layout in enumerate(layouts) for piece in layout.pieces}
+        self.shards = [nn.Parameter(self.own(flat)) for flat in values]
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0]["params"] = list(self.shards)
+        self._layouts = layouts
+        return layouts
+
+    def optimizer(self, kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> torch.optim.Optimizer:
+        """An optimizer of the shards; when it has made a step, the gathers begin."""
+        optimizer = kind(self.shards, **options)
+        if len(optimizer.param_groups) != 1:
+            raise ArgumentError(f"partition: {kind.__name__} makes several parameter groups: one is wanted")
+        optimizer.register_step_post_hook(lambda *_: self.gather())
+        self._optimizers.append(optimizer)
+        return optimizer
+
+    def take_waited(self) -> float:
+        """The seconds that forward has waited for parameters since this was called last."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def clip_grad_norm_(self, most: float) -> Tensor:
+        """Scale the shards' gradients so that the 2-norm of all ranks' is at most `most`; the norm before."""
+        gradients = [shard.grad for shard in self.shards if shard.grad is not None]
+        square = torch.zeros(1, dtype=torch.float64)
+        for gradient in gradients:
+            square += gradient.double().square().sum()
+        self._comm.all_reduce(square)
+        norm = square.sqrt()[0]
+        nn.utils.clip_grads_with_norm_(self.shards, most, norm)
+        return norm
+
+    def own(self, flat: Tensor) -> Tensor:
+        """This rank's part of a bucket."""
+        part = flat.numel() // self._comm.size
+        return flat[self._comm.rank * part : (self._comm.rank + 1) * part]
+
+    def gather(self) -> None:
+        """Start to gather all parts, first those that backward brought last: forward uses them first."""
+        self.wait()
+        for number in reversed(range(len(self._values))):
+            flat = self._values[number]
+            self._pending[number] = self._comm.all_gather(flat, self.own(flat), async_op=True)
+
+    def wait(self, buckets: Iterable[int] | None = None) -> None:
+        """Wait until the parameters of these buckets are whole; of all if None."""
+        for number in list(self._pending) if buckets is None else buckets:
+            pending = self._pending.pop(number, None)
+            if pending is not None:
+                pending.wait()
+
+    def close(self) -> None:
+        """Make the parameters whole and let go of the module."""
+        self.wait()
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,106 @@
+"""How large buckets should be: the alpha-beta model of one reduction, laid over a backward that was measured.
+
+Small buckets start early and cost alpha each; a large last one has nothing left to hide behind. `exposed` is what
+remains: the time from the end of backward to the end of the last reduction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from .averages import Averages
+from .layout import Layout
+
+SMALLEST = 64 << 10
+"""Bytes of the smallest buckets that are considered."""
+
+_LARGEST_SAMPLE = 8 << 20
+_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class AlphaBeta:
+    """One reduction takes `alpha + bytes * beta` seconds, and its start keeps backward for `launch` seconds."""
+
+    alpha: float
+    beta: float
+    launch: float = 0.0
+
+    def seconds(self, nbytes: float) -> float:
+        """Of one reduction of a bucket of so many bytes."""
+        return self.alpha + nbytes * self.beta
+
+    def half(self) -> AlphaBeta:
+        """A reduce_scatter, or an all_gather, of which an all_reduce takes two."""
+        return AlphaBeta(self.alpha / 2, self.beta / 2, self.launch)
+
+
+def fit(nbytes: Sequence[float], seconds: Sequence[float], launch: float = 0.0) -> AlphaBeta:
+    """The alpha and beta, neither negative, with the least squared relative error."""
+    n, t = np.asarray(nbytes, float), np.asarray(seconds, float)
+    candidates = [np.linalg.lstsq(np.stack([1 / t, n / t], 1), np.ones_like(t), rcond=None)[0]]
+    if min(candidates[0]) < 0:
+        candidates = [np.array([0.0, (n / t).sum() / (n / t * (n / t)).sum()]), np.array([len(t) / (1 / t).sum(), 0.0])]
+    alpha, beta = min(candidates, key=lambda c: float((((c[0] + c[1] * n) / t - 1) ** 2).sum()))
+    return AlphaBeta(float(alpha), float(beta), launch)
+
+
+def exposed(layouts: Sequence[Layout], ready: Sequence[float], model: AlphaBeta) -> float:
+    """Seconds from the end of backward, had it been left alone, to the end of the last reduction.
+
+    Args:
+        layouts: the buckets, in the order in which they are sent, one after the other.
+        ready: when each parameter's gradient is there, by the parameter's number.
+    """
+    end = delay = sent = 0.0
+    for layout in layouts:
+        # A bucket does not overtake another, and each start has held backward up.
+        sent = max(sent, max(ready[piece.parameter] for piece in layout.pieces) + delay)
+        delay += model.launch
+        end = max(end, sent + model.launch) + model.seconds(layout.nbytes)
+    return max(end - max(ready, default=0.0), 0.0)
+
+
+def best_bytes(lay_out: Callable[[int], list[Layout]], total: int, ready: Sequence[float], model: AlphaBeta) -> int:
+    """The bucket size, a power of two, that leaves the least exposed; of equally good ones the largest.
+
+    Args:
+        lay_out: the buckets of a size.
+        total: the bytes of all gradients.
+    """
+    sizes = [SMALLEST]
+    for size in itertools.takewhile(lambda size: size < 2 * total, (SMALLEST << k for k in itertools.count(1))):
+        sizes.append(size)
+    return min(reversed(sizes), key=lambda size: exposed(lay_out(size), ready, model))
+
+
+def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
+    """Measure all_reduces of up to `total` bytes; collective, and the same on all ranks. A few milliseconds."""
+    largest = min(max(total, SMALLEST), _LARGEST_SAMPLE)
+    nbytes, seconds, launches = [], [], []
+    for size in sorted({SMALLEST, max(SMALLEST, largest // 8), largest}):
+        count = -(-size // dtype.itemsize // averages.multiple) * averages.multiple
+        flat = averages.comm.empty(count, dtype).zero_()
+        average = averages.make(count, dtype)
+        times = []
+        for _ in range(_SAMPLES):
+            averages.comm.barrier()
+            begin = time.monotonic()
+            pending = average.all_reduce(flat)
+            launched = time.monotonic()
+            pending.wait()
+            times.append((time.monotonic() - begin, launched - begin))
+        nbytes.append(count * dtype.itemsize)
+        seconds.append(median(whole for whole, _ in times[1:]))
+        launches.append(median(launch for _, launch in times[1:]))
+    model = fit(nbytes, seconds, min(launches))
+    agreed = np.array([model.alpha, model.beta, model.launch])
+    averages.comm.broadcast(agreed)
+    return AlphaBeta(*agreed.tolist())

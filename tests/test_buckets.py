@@ -1,0 +1,497 @@
+"""`abccl.buckets`: where gradients lie, how large buckets are, what compression rounds off, and training with them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import abccl
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+dist, nn = torch.distributed, torch.nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the ranks, which import this file as a module, too
+torch_ranks = importlib.import_module("torch_ranks")
+here, raises = torch_ranks.here, torch_ranks.raises
+CHECKS = torch_ranks.Checks()
+check = CHECKS.add
+
+
+# ---- layout and size
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.sampled_from(DTYPES)), min_size=1, max_size=30),
+    st.integers(1, 20_000),
+    st.randoms(),
+)
+def test_every_gradient_has_its_place(parameters: Any, nbytes: int, random: Any) -> None:
+    from abccl.collectives.buckets.layout import lay_out
+
+    counts, dtypes = [count for count, _ in parameters], [dtype for _, dtype in parameters]
+    order = list(range(len(counts)))
+    random.shuffle(order)
+    layouts = lay_out(counts, dtypes, order, nbytes, 512)
+    assert sorted(piece.parameter for layout in layouts for piece in layout.pieces) == sorted(order)
+    for layout in layouts:
+        end = 0
+        assert layout.count % 512 == 0
+        for piece in layout.pieces:
+            assert dtypes[piece.parameter] == layout.dtype and counts[piece.parameter] == piece.count
+            assert piece.offset >= end and piece.offset * layout.dtype.itemsize % 64 == 0
+            end = piece.offset + piece.count
+        assert end <= layout.count
+        # It ended with the gradient that filled it.
+        assert layout.pieces[-1].offset * layout.dtype.itemsize < nbytes
+        places = [order.index(piece.parameter) for piece in layout.pieces]
+        assert places == sorted(places)
+    full = [max(order.index(piece.parameter) for piece in layout.pieces) for layout in layouts]
+    closed = [
+        k for k, layout in enumerate(layouts)
+        if (layout.pieces[-1].offset + layout.pieces[-1].count) * layout.dtype.itemsize >= nbytes
+    ]  # fmt: skip
+    assert [full[k] for k in closed] == sorted(full[k] for k in closed)
+
+
+@given(st.floats(1e-7, 1e-3), st.floats(1e-12, 1e-8))
+def test_alpha_and_beta_are_found(alpha: float, beta: float) -> None:
+    from abccl.collectives.buckets.sizing import fit
+
+    nbytes = [1 << 16, 1 << 20, 1 << 23]
+    model = fit(nbytes, [alpha + beta * n for n in nbytes])
+    assert [model.seconds(n) for n in nbytes] == pytest.approx([alpha + beta * n for n in nbytes], rel=1e-6)
+
+
+def test_times_that_shrink_with_size_make_no_negative_model() -> None:
+    from abccl.collectives.buckets.sizing import fit
+
+    model = fit([1000, 2000], [2.0, 1.0])
+    assert model.beta == 0 and 1.0 <= model.alpha <= 2.0
+    model = fit([1000, 2000], [1.0, 9.0])
+    assert model.alpha == 0 and model.beta > 0
+
+
+def test_exposed_is_what_is_left_after_backward() -> None:
+    from abccl.collectives.buckets.layout import lay_out
+    from abccl.collectives.buckets.sizing import AlphaBeta, best_bytes, exposed
+
+    counts = [1 << 18] * 4  # a MiB each
+    dtypes = [torch.float32] * 4
+    ready = [0.0, 1.0, 2.0, 3.0]
+
+    def layouts(nbytes: int) -> Any:
+        return lay_out(counts, dtypes, range(4), nbytes, 1)
+
+    quick = AlphaBeta(0.25, 0.25 / (1 << 20))
+    assert exposed(layouts(1), ready, quick) == 0.5  # four of half a second: the last one is alone
+    assert exposed(layouts(4 << 20), ready, quick) == 1.25  # one of all, after backward
+    assert best_bytes(layouts, 4 << 20, ready, quick) == 1 << 20
+    # Where each start costs a second, one reduction after backward is best: 4 + 1 + 1 against 1 + 5.
+    slow = AlphaBeta(4.0, 0.25 / (1 << 20))
+    assert best_bytes(layouts, 4 << 20, ready, slow) == 4 << 20
+    held = AlphaBeta(0.0, 0.0, launch=0.5)
+    assert exposed(layouts(1), ready, held) == 2.0  # every start holds backward up
+
+
+# ---- 8-bit integers
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1 << 30), st.floats(-30, 30), st.integers(1, 3), st.integers(1, 4))
+def test_rounding_is_bounded_by_the_block(seed: int, exponent: float, rows: int, blocks: int) -> None:
+    from abccl.collectives.buckets.quantize import BLOCK, dequantize, packed_bytes, quantize
+
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, blocks * BLOCK, generator=generator) * 10**exponent
+    values *= torch.rand(rows, blocks, generator=generator).repeat_interleave(BLOCK, 1)
+    left, packed = values.clone(), torch.empty(rows, packed_bytes(blocks * BLOCK), dtype=torch.uint8)
+    quantize(left, packed)
+    out = torch.empty_like(values)
+    for row, target in zip(packed, out):
+        dequantize(row, target)
+    largest = values.view(rows, blocks, BLOCK).abs().amax(2, keepdim=True)
+    error = (out - values).view(rows, blocks, BLOCK).abs()
+    assert (error <= largest / 254 * (1 + 1e-5)).all()
+    assert torch.allclose(left, values - out, rtol=0, atol=float(largest.max()) * 1e-6)
+
+
+def test_zeros_tiny_and_infinite_blocks() -> None:
+    from abccl.collectives.buckets.quantize import BLOCK, dequantize, packed_bytes, quantize
+
+    values = torch.randn(5, BLOCK)
+    values[0] = 0.0
+    values[1] *= 1e-40
+    values[2, 7], values[3, 9] = float("inf"), float("nan")
+    left, packed = values.view(1, -1).clone(), torch.empty(1, packed_bytes(5 * BLOCK), dtype=torch.uint8)
+    quantize(left, packed)
+    out = torch.empty(5, BLOCK)
+    dequantize(packed[0], out.view(-1))
+    left = left.view(5, BLOCK)
+    assert not out[:2].any() and torch.equal(left[1], values[1])  # too small for a scale: kept for later
+    assert not torch.isfinite(out[2:4]).any() and not left[2:4].any()
+    assert torch.isfinite(out[4]).all()
+
+
+# ---- on the ranks
+
+
+def net(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 3))
+
+
+def batch(step: int, rank: int) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(8, 20, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+def loss_of(model: Any, step: int, rank: int) -> Any:
+    x, y = batch(step, rank)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+@contextmanager
+def bucketed(params: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+    with abccl.init() as comm, abccl.buckets.GradientBuckets(params, comm, *arguments, **options) as buckets:
+        yield buckets
+
+
+def alone(steps: int, optimizer: Callable[[Any], Any], most: float | None = None) -> Any:
+    """The model that one process would have trained on the batches of all ranks."""
+    model, (_, size) = net(), here()
+    stepper = optimizer(model.parameters())
+    for step in range(steps):
+        sum(loss_of(model, step, rank) for rank in range(size)).div(size).backward()
+        if most is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), most)
+        stepper.step()
+        stepper.zero_grad()
+    return model
+
+
+def adam(parameters: Any) -> Any:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def same(one: Any, other: Any, atol: float = 1e-6) -> None:
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=1e-4)
+
+
+@check
+def trains_as_one_process() -> None:
+    rank, _ = here()
+    for options in ({}, {"bucket_bytes": 5000}, {"overlap": False}, {"bucket_bytes": 1 << 30}):
+        model = net(rank)  # other weights on each rank, until they become rank 0's
+        with bucketed(model.parameters(), **options) as buckets:
+            stepper = adam(model.parameters())
+            for step in range(6):
+                loss_of(model, step, rank).backward()
+                buckets.finish()
+                stepper.step()
+                stepper.zero_grad(set_to_none=step % 2 == 0)
+            same(model, alone(6, adam))
+            report = buckets.report()
+            assert sum(bucket.parameters for bucket in report.buckets) == 6
+            assert (len(report.buckets) > 1) == (options.get("bucket_bytes") == 5000), report
+            assert report.communication > 0 and 0 <= report.hidden <= report.communication
+            assert "hidden" in str(report) and set(report.predicted) == {"after", "overlapped", "partition"}
+
+
+@check
+def partitioned_trains_as_one_process() -> None:
+    rank, size = here()
+
+    def momentum(parameters: Any) -> Any:
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    for kind, options, reference in (
+        (torch.optim.AdamW, {"lr": 0.01}, adam),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, momentum),
+    ):
+        model = net(rank)
+        with bucketed(model, 5000, partition=True) as buckets:
+            stepper = buckets.optimizer(kind, **options)
+            for step in range(5):
+                loss_of(model, step, rank).backward()
+                buckets.finish()
+                assert all(parameter.grad is None for parameter in model.parameters())
+                norm = buckets.clip_grad_norm_(0.05)
+                assert norm > 0.05
+                stepper.step()
+                stepper.zero_grad()
+            held = sum(value.numel() for state in stepper.state.values() for value in state.values() if value.dim())
+            whole = sum(parameter.numel() for parameter in model.parameters())
+            # Two moments with AdamW and one with SGD, of this rank's part, and padding.
+            assert held < (2 if kind is torch.optim.AdamW else 1) * (whole / size + 5 * 256)
+            weights = model.state_dict()  # waits until they are whole
+            reference_model = alone(5, reference, most=0.05)
+            for name, value in reference_model.state_dict().items():
+                torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
+            assert len(buckets.report().buckets) > 1
+
+
+@check
+def buckets_follow_backward() -> None:
+    """The order is that of the first backward, on rank 0; a full bucket is sent before backward ends."""
+    rank, _ = here()
+    first, second = nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(1000))
+    with bucketed([first, second], 4000) as buckets:
+        sent = []
+        for step in range(2):
+            # `second` is used last, so its gradient comes first; on other ranks the first backward is another's.
+            value = (first * 2).sum() if rank == 0 or step else (second * 2).sum()
+            value = value + second.sum() if rank == 0 or step else value + first.sum()
+            (first.sum() * 0 + value).backward() if step == 0 else (
+                (first.exp().sum() + 1) * second.exp().sum()
+            ).backward()
+            sent.append(buckets._backward.sent)
+            buckets.finish()
+        assert sent == [0, 2]
+        assert [bucket.layout.pieces[0].parameter for bucket in buckets._buckets] == buckets._order
+
+
+@check
+def unused_parameters() -> None:
+    rank, size = here()
+    everywhere, on_rank_0, nowhere = (nn.Parameter(torch.ones(10)) for _ in range(3))
+    with bucketed([everywhere, on_rank_0, nowhere], 1) as buckets:
+        for _ in range(3):
+            value = everywhere.sum() * (rank + 1)
+            if rank == 0:
+                value = value + on_rank_0.sum() * 6
+            value.backward()
+            buckets.finish()
+            assert torch.equal(everywhere.grad, torch.full((10,), (size + 1) / 2))
+            torch.testing.assert_close(on_rank_0.grad, torch.full((10,), 6 / size))
+            assert nowhere.grad is None
+            everywhere.grad = on_rank_0.grad = None
+
+
+@check
+def a_rank_without_a_batch() -> None:
+    rank, size = here()
+    parameter = nn.Parameter(torch.ones(10))
+    with bucketed([parameter]) as buckets:
+        for step in range(3):
+            if rank != size - 1 or step == 0:
+                parameter.sum().backward()
+            buckets.finish()
+            torch.testing.assert_close(parameter.grad, torch.full((10,), 1.0 if step == 0 else (size - 1) / size))
+            parameter.grad = None
+
+
+@check
+def accumulation() -> None:
+    rank, size = here()
+    model, reference = net(), net()
+    with bucketed(model, 5000) as buckets:
+        for step in range(4):
+            with buckets.no_sync():
+                loss_of(model, step, rank).backward()
+                if rank == 0:  # a parameter of which only what was accumulated is sent
+                    model[0].bias.sum().backward()
+            loss = model[4](torch.relu(model[2](torch.relu(batch(step, rank)[0] @ model[0].weight.t())))).sum()
+            loss.backward()
+            buckets.finish()
+            for other in range(size):
+                x, y = batch(step, other)
+                (nn.functional.cross_entropy(reference(x), y) / size).backward()
+                if other == 0:
+                    (reference[0].bias.sum() / size).backward()
+                hidden = torch.relu(reference[2](torch.relu(x @ reference[0].weight.t())))
+                (reference[4](hidden).sum() / size).backward()
+            for mine, theirs in zip(model.parameters(), reference.parameters()):
+                torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+            model.zero_grad()
+            reference.zero_grad()
+
+
+@check
+def mixed_types_and_shared_parameters() -> None:
+    rank, size = here()
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+    parameters = [nn.Parameter(torch.ones(3, 5, dtype=kind)) for kind in kinds]
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    # One that is passed twice and used twice is one parameter.
+    for compress in (None, "bf16", "int8"):
+        with bucketed([*parameters, parameters[0], frozen], compress=compress) as buckets:
+            for _ in range(2):
+                value = sum((p * (rank + 1)).sum().abs().float() for p in parameters) + parameters[0].sum()
+                value.backward()
+                buckets.finish()
+                for p in parameters:
+                    wanted = (size + 1) / 2 + (1 if p is parameters[0] else 0)
+                    torch.testing.assert_close(p.grad.abs().float(), torch.full((3, 5), wanted), rtol=0.02, atol=0)
+                    p.grad = None
+            assert frozen.grad is None
+
+
+@check
+def gradients_of_other_layouts() -> None:
+    rank, size = here()
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    with bucketed(model) as buckets:
+        for _ in range(2):
+            model(torch.full((1, 3, 5, 5), rank + 1.0).to(memory_format=torch.channels_last)).sum().backward()
+            buckets.finish()
+            torch.testing.assert_close(model.weight.grad, torch.full((4, 3, 3, 3), 9 * (size + 1) / 2))
+            model.zero_grad()
+
+
+@check
+def int8_keeps_its_bound() -> None:
+    """Each step within the bound, and the sum of many steps too: what is rounded off is not lost."""
+    rank, size = here()
+    count, steps = 5000, 25
+    parameter = nn.Parameter(torch.zeros(count))
+    with bucketed([parameter], compress="int8") as buckets:
+        total, wanted, largest = torch.zeros(count), torch.zeros(count), 0.0
+        for step in range(steps):
+            gradients = [
+                torch.randn(count, generator=torch.Generator().manual_seed(100 * step + r)) for r in range(size)
+            ]
+            (parameter * gradients[rank]).sum().backward()
+            buckets.finish()
+            total += parameter.grad
+            wanted += sum(gradients) / size
+            # What a rank keeps back is at most 1/254 of what it sends, so it sends at most 254/253 of its largest.
+            largest = max(largest, sum(float(g.abs().max()) for g in gradients) / size)
+            assert (total - wanted).abs().max() <= largest * 254 / 253 / 127 * (1 + 1e-4)
+            parameter.grad = None
+        assert (total - wanted).abs().max() > 0
+        # Every rank has the same bits.
+        everyone = [torch.empty(count) for _ in range(size)]
+        dist.all_gather(everyone, total)
+        assert all(torch.equal(everyone[0], other) for other in everyone)
+
+
+@check
+def overflow_is_seen() -> None:
+    """A gradient scaler must find the infinity, on all ranks, and the next step must be sound."""
+    rank, _ = here()
+    for compress in (None, "bf16", "fp16", "int8"):
+        parameter = nn.Parameter(torch.ones(600))
+        with bucketed([parameter], compress=compress) as buckets:
+            for step in range(3):
+                factor = torch.ones(600)
+                if step == 1 and rank == 0:
+                    factor[5] = float("inf")
+                (parameter * factor).sum().backward()
+                buckets.finish()
+                assert bool(torch.isfinite(parameter.grad).all()) == (step != 1), (compress, step)
+                parameter.grad = None
+
+
+@check
+def bad_use() -> None:
+    rank, _ = here()
+    parameter = nn.Parameter(torch.ones(4))
+    comm, wrong = abccl.init(), abccl.ArgumentError
+    make = abccl.buckets.GradientBuckets
+    for arguments, words in (
+        (([], comm), "no parameter"),
+        (([torch.ones(3)], comm), "Tensor"),
+        (([nn.Parameter(torch.ones(3, device="meta"))], comm), "meta"),
+        (([parameter], comm, 0), "bucket_bytes"),
+        (([parameter], comm, "auto", "int4"), "compress"),
+    ):
+        with pytest.raises(wrong, match=words):
+            make(*arguments)
+    with pytest.raises(wrong, match="module"):
+        make([parameter], comm, partition=True)
+    with pytest.raises(wrong, match="other parameters"):
+        make([nn.Parameter(torch.ones(3 + rank))], comm)
+    with make([parameter], comm) as buckets:
+        with pytest.raises(wrong, match="no iteration"):
+            buckets.report()
+        parameter.sum().backward()
+        with pytest.raises(wrong, match="no_sync"):
+            parameter.sum().backward()
+        buckets.finish()
+    embedding = nn.Embedding(5, 3, sparse=True)
+    with make(embedding, comm), pytest.raises(wrong, match="sparse"):
+        embedding(torch.tensor([1])).sum().backward()
+    comm.close()
+
+
+@check
+def a_peer_that_leaves() -> None:
+    """finish() raises, in time, on those that are left."""
+    rank, size = here()
+    parameter = nn.Parameter(torch.ones(1000))
+    buckets = abccl.buckets.GradientBuckets([parameter], abccl.init(timeout=20), compress="int8" if size == 2 else None)
+    parameter.sum().backward()
+    buckets.finish()
+    if rank == size - 1:
+        buckets.close()
+    else:
+        parameter.grad = None
+        parameter.sum().backward()
+        with pytest.raises(abccl.CollectiveError):
+            buckets.finish()
+        buckets.close()
+    dist.barrier(torch_ranks.Groups.gloo)
+
+
+# ---- DistributedDataParallel
+
+
+def ddp_losses(state: Any, group: Any, use_hook: bool) -> list[float]:
+    rank, _ = here()
+    model = nn.parallel.DistributedDataParallel(net(), process_group=group, bucket_cap_mb=0.02)
+    if use_hook:
+        model.register_comm_hook(state() if callable(state) else state, abccl.buckets.hook)
+    stepper, losses = adam(model.parameters()), []
+    for step in range(6):
+        loss = loss_of(model, step, rank)
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@check
+def hook_of_ddp() -> None:
+    state = abccl.buckets.HookState
+    wanted = ddp_losses(None, torch_ranks.Groups.gloo, False)
+    for make, tolerance in (
+        (None, 1e-6),
+        (torch_ranks.Groups.world, 1e-6),
+        (lambda: state(), 1e-6),
+        (lambda: state(abccl.init()), 1e-6),
+        (lambda: state(compress="bf16"), 1e-2),
+        (lambda: state(compress="fp16"), 2e-3),
+        (lambda: state(compress="int8"), 2e-2),
+    ):
+        assert ddp_losses(make, torch_ranks.Groups.world, True) == pytest.approx(wanted, rel=tolerance)
+    with pytest.raises(abccl.ArgumentError, match="abccl's groups"):
+        state(torch_ranks.Groups.gloo)
+    with pytest.raises(abccl.ArgumentError, match="compress"):
+        state(compress="int4")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_buckets(name: str, ranks: int) -> None:
+    if ranks < 2:
+        pytest.skip("wants two ranks")
+    torch_ranks.returned(torch_ranks.outcomes("test_buckets", ranks, abccl="CHECKS")["abccl"][name])
+
+
+def test_public_names() -> None:
+    from abccl.buckets import GradientBuckets, hook
+
+    assert abccl.buckets.GradientBuckets is GradientBuckets and abccl.buckets.hook is hook
