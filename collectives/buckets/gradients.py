@@ -79,7 +79,7 @@ class GradientBuckets:
         compress: None; "bf16" or "fp16", half the bytes; "int8", a quarter, with error feedback (see `Quantized`).
         partition: reduce_scatter in backward, an optimizer that updates this rank's part (see `optimizer`), and
             all_gather before the parameters' next use. Wants a module: a parameter is whole when the forward of a
-            module that owns it begins; who uses it elsewhere calls `gathered()` first.
+            module that owns it begins, or any forward, if its owner's never ran; before other uses call `gathered`.
         overlap: False starts all reductions in `finish`, to compare.
 
     Raises:

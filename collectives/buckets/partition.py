@@ -33,6 +33,8 @@ class Partition:
         self._values: list[Tensor] = []
         self._pending: dict[int, Any] = {}  # the gathers under way, by the number of their bucket
         self._bucket_of: dict[int, int] = {}
+        # Parameters of modules whose forward has never run: if they are used at all, then by other modules.
+        self._elsewhere = set(range(len(parameters)))
         self.shards: list[nn.Parameter] = []
         self._waited = 0.0
         self._hooks = self._watch(module)
@@ -42,16 +44,17 @@ class Partition:
         hooks: list[Any] = []
         for part in module.modules():
             own = [numbers[id(p)] for p in part.parameters(recurse=False) if id(p) in numbers]
-            if own:
+            if own or part is module:
                 hooks.append(part.register_forward_pre_hook(partial(self._before_use, own)))
         register: Any = module.register_state_dict_pre_hook
         hooks.append(register(lambda *_: self.wait()))
         return hooks
 
     def _before_use(self, own: Sequence[int], *_: Any) -> None:
+        self._elsewhere.difference_update(own)
         if self._pending:
             started = time.monotonic()
-            self.wait({self._bucket_of[number] for number in own})
+            self.wait({self._bucket_of[number] for number in self._elsewhere.union(own)})
             self._waited += time.monotonic() - started
 
     def move(self, layouts: list[Layout]) -> list[Layout]:
