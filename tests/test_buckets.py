@@ -119,11 +119,11 @@ def test_rounding_is_bounded_by_the_block(seed: int, exponent: float, rows: int,
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, blocks * BLOCK, generator=generator) * 10**exponent
     values *= torch.rand(rows, blocks, generator=generator).repeat_interleave(BLOCK, 1)
-    left, packed = values.clone(), torch.empty(rows, packed_bytes(blocks * BLOCK), dtype=torch.uint8)
-    quantize(left, packed)
+    left, packed = torch.zeros_like(values), torch.empty(rows, packed_bytes(blocks * BLOCK), dtype=torch.uint8)
+    quantize(left, values, packed)
     out = torch.empty_like(values)
     for row, target in zip(packed, out):
-        dequantize(row, target)
+        dequantize(row.unsqueeze(0), target)
     largest = values.view(rows, blocks, BLOCK).abs().amax(2, keepdim=True)
     error = (out - values).view(rows, blocks, BLOCK).abs()
     assert (error <= largest / 254 * (1 + 1e-5)).all()
@@ -137,10 +137,10 @@ def test_zeros_tiny_and_infinite_blocks() -> None:
     values[0] = 0.0
     values[1] *= 1e-40
     values[2, 7], values[3, 9] = float("inf"), float("nan")
-    left, packed = values.view(1, -1).clone(), torch.empty(1, packed_bytes(5 * BLOCK), dtype=torch.uint8)
-    quantize(left, packed)
+    left, packed = torch.zeros(1, 5 * BLOCK), torch.empty(1, packed_bytes(5 * BLOCK), dtype=torch.uint8)
+    quantize(left, values.view(1, -1), packed)
     out = torch.empty(5, BLOCK)
-    dequantize(packed[0], out.view(-1))
+    dequantize(packed, out)
     left = left.view(5, BLOCK)
     assert not out[:2].any() and torch.equal(left[1], values[1])  # too small for a scale: kept for later
     assert not torch.isfinite(out[2:4]).any() and not left[2:4].any()

@@ -125,17 +125,16 @@ class Quantized(Average):
 
     def __init__(self, comm: Communicator, count: int, dtype: torch.dtype, thread: ThreadPoolExecutor) -> None:
         super().__init__(comm, count, dtype)
+        self._thread = thread
         part = -(-count // (comm.size * BLOCK)) * BLOCK
         row = packed_bytes(part)
-        self._thread = thread
-        self._values = torch.zeros(comm.size, part)  # what was rounded off, and then what is sent
-        self._average = torch.zeros(part)  # this rank's part of the average, and what is rounded off of it
-        self._scratch = torch.empty(part)
-        self._residual = torch.zeros(part)
+        # What was rounded off: of this rank's values, and of its part of the average.
+        self._left, self._left_of_part = torch.zeros(comm.size, part), torch.zeros(1, part)
+        self._part = torch.empty(1, part)
+        fits = dtype == torch.float32 and count == comm.size * part
+        self._padded = None if fits else torch.zeros(comm.size, part)
         self._sent: Tensor = comm.empty((comm.size, row), torch.uint8)
         self._received: Tensor = comm.empty((comm.size, row), torch.uint8)
-        self._packed: Tensor = comm.empty((1, row), torch.uint8)
-        self._gathered: Tensor = comm.empty((comm.size, row), torch.uint8)
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """See `Average`."""
@@ -147,27 +146,29 @@ class Quantized(Average):
 
     def _all_reduce(self, flat: Tensor) -> None:
         self._exchange(flat)
-        self._residual.add_(self._average)
-        quantize(self._residual.view(1, -1), self._packed)
-        self.comm.all_gather(self._gathered, self._packed)
-        for row, part in zip(self._gathered, torch.split(flat, self._scratch.numel())):
-            dequantize(row, self._scratch)
-            part.copy_(self._scratch[: part.numel()])
+        own = self._sent[self.comm.rank : self.comm.rank + 1]
+        quantize(self._left_of_part, self._part, own)
+        self.comm.all_gather(self._received, own)
+        values = flat.view_as(self._left) if self._padded is None else self._padded
+        for row, part in zip(self._received, values):
+            dequantize(row.unsqueeze(0), part)
+        if self._padded is not None:
+            flat.copy_(values.view(-1)[: self.count])
 
     def _reduce_scatter(self, flat: Tensor) -> None:
         self._exchange(flat)
-        self.own(flat).copy_(self._average)
+        self.own(flat).copy_(self._part[0])
 
     def _exchange(self, flat: Tensor) -> None:
-        """Make `_average` this rank's part of the average."""
-        self._values.view(-1)[: self.count].add_(flat)
-        quantize(self._values, self._sent)
+        """Make `_part` this rank's part of the average."""
+        if self._padded is None:
+            values = flat.view_as(self._left)
+        else:
+            values = self._padded
+            values.view(-1)[: self.count].copy_(flat)
+        quantize(self._left, values, self._sent)
         self.comm.all_to_all(self._received, self._sent)
-        self._average.zero_()
-        for row in self._received:
-            dequantize(row, self._scratch)
-            self._average.add_(self._scratch)
-        self._average.div_(self.comm.size)
+        dequantize(self._received, self._part, 1 / self.comm.size)
 
 
 class Submitted:

@@ -1,20 +1,18 @@
 """Block-scaled 8-bit integers: a block of 256 numbers travels as 256 signed bytes and one float32 scale.
 
 The scale of a block is its largest magnitude / 127, so a number is off by at most that magnitude / 254. A block with a
-NaN or an infinity in it comes out without a finite number, so that who looks for overflow finds it.
+NaN or an infinity in it comes out without a finite number, so that who looks for overflow finds it. The arithmetic is
+the native core's (`quantize.hpp`), the same bits with all instruction sets.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-BLOCK = 256
-LEVELS = 127
-_SCALE_BYTES = torch.float32.itemsize
+from ...transports import _native
 
-# The reciprocal of what is smaller is no longer finite.
-_TINY = torch.finfo(torch.float32).tiny
+BLOCK = _native.QUANTIZED_BLOCK
+_SCALE_BYTES = 4
 
 
 def packed_bytes(count: int) -> int:
@@ -22,26 +20,17 @@ def packed_bytes(count: int) -> int:
     return count + count // BLOCK * _SCALE_BYTES
 
 
-def quantize(values: Tensor, packed: Tensor) -> None:
-    """Write the rows of `values` into the rows of `packed`; leave in `values` what was rounded off.
+def quantize(values: Tensor, added: Tensor, packed: Tensor) -> None:
+    """Write the rows of `values + added` into the rows of `packed`; leave in `values` what was rounded off.
 
     Args:
-        values: float32, (rows, count); count a multiple of BLOCK. What is not finite leaves nothing.
-        packed: uint8, (rows, packed_bytes(count)): the integers of a row, then its scales.
+        values, added: contiguous float32, (rows, count); count a multiple of BLOCK.
+        packed: contiguous uint8, (rows, packed_bytes(count)): the integers of a row, then its scales.
     """
-    rows, count = values.shape
-    blocks = values.view(rows, count // BLOCK, BLOCK)
-    scales = blocks.abs().amax(dim=2) / LEVELS
-    scales = torch.where(scales < _TINY, 0.0, scales)
-    integers = (blocks * torch.where(scales > 0, 1 / scales, 0.0).unsqueeze(2)).round_()
-    packed[:, :count].view(torch.int8).copy_(integers.view(rows, count))
-    packed[:, count:].view(torch.float32).copy_(scales)
-    blocks.addcmul_(integers, scales.unsqueeze(2), value=-1).nan_to_num_(0.0, 0.0, 0.0)
+    for row, more, target in zip(values, added, packed):
+        _native.quantize(row.data_ptr(), more.data_ptr(), target.data_ptr(), row.numel())
 
 
-def dequantize(packed: Tensor, out: Tensor) -> None:
-    """The numbers of one packed row, in `out` (float32, contiguous)."""
-    count = out.numel()
-    integers = packed[:count].view(torch.int8).view(-1, BLOCK)
-    scales = packed[count:].view(torch.float32).unsqueeze(1)
-    torch.mul(integers, scales, out=out.view(-1, BLOCK))
+def dequantize(packed: Tensor, out: Tensor, factor: float = 1.0) -> None:
+    """Write `factor` times the sum of the packed rows, in their order, into `out` (contiguous float32)."""
+    _native.dequantize(out.data_ptr(), [row.data_ptr() for row in packed], factor, out.numel())

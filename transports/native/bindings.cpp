@@ -9,6 +9,7 @@
 #include "fold.hpp"
 #include "gil.hpp"
 #include "persistent.hpp"
+#include "quantize.hpp"
 #include "shortcut.hpp"
 
 namespace py = pybind11;
@@ -123,6 +124,18 @@ PYBIND11_MODULE(_native, m) {
         WithoutGil released;
         scale(static_cast<Type>(type), mutable_pointer(destination), pointer(source), factor, count);
     });
+    m.def("quantize", [](uintptr_t values, uintptr_t added, uintptr_t row, size_t count) {
+        WithoutGil released;
+        quantize(static_cast<float*>(mutable_pointer(values)), static_cast<const float*>(pointer(added)),
+                 mutable_pointer(row), count);
+    });
+    m.def("dequantize", [](uintptr_t out, const std::vector<uintptr_t>& rows, float factor, size_t count) {
+        std::vector<const void*> pointers;
+        for (uintptr_t row : rows) pointers.push_back(pointer(row));
+        WithoutGil released;
+        dequantize(static_cast<float*>(mutable_pointer(out)), pointers.data(), pointers.size(), factor, count);
+    });
+    m.attr("QUANTIZED_BLOCK") = quantized_block;
     m.def("type_name", [](int32_t type) { return name(static_cast<Type>(type)); });
     m.def("op_name", [](int32_t op) { return name(static_cast<Op>(op)); });
     m.def("type_size", [](int32_t type) { return size_of(static_cast<Type>(type)); });

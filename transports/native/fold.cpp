@@ -43,16 +43,16 @@ const FoldTable* best() {
 std::atomic<const FoldTable*> active{&fold_baseline};
 [[maybe_unused]] const bool picked = (active.store(best()), true);
 
-const FoldTable& table() { return *active.load(std::memory_order_relaxed); }
-
 [[noreturn]] void refuse(const char* what, Type type) {
     throw std::invalid_argument(std::string(what) + " is not defined for " + name(type));
 }
 
 }  // namespace
 
+const FoldTable& fold_table() { return *active.load(std::memory_order_relaxed); }
+
 void fold(Type type, Op op, void* destination, const void* const* sources, int k, size_t count) {
-    const FoldKernel kernel = table().fold[static_cast<int>(type)][static_cast<int>(op)];
+    const FoldKernel kernel = fold_table().fold[static_cast<int>(type)][static_cast<int>(op)];
     if (!kernel) refuse(name(op), type);
     if (k > 1)
         kernel(static_cast<char*>(destination), reinterpret_cast<const char* const*>(sources), k, count);
@@ -61,12 +61,12 @@ void fold(Type type, Op op, void* destination, const void* const* sources, int k
 }
 
 void scale(Type type, void* destination, const void* source, double factor, size_t count) {
-    const ScaleKernel kernel = table().scale[static_cast<int>(type)];
+    const ScaleKernel kernel = fold_table().scale[static_cast<int>(type)];
     if (!kernel) refuse("scaling", type);
     kernel(static_cast<char*>(destination), static_cast<const char*>(source), factor, count);
 }
 
-const char* instruction_set() { return table().name; }
+const char* instruction_set() { return fold_table().name; }
 
 bool use_instruction_set(const char* name) {
     for (const FoldTable* table : tables)
