@@ -4,7 +4,7 @@ from . import bruck, chain, direct, double_tree, doubling, ring, scatter_all_gat
 from .collective import Block, Collective, to_collective
 from .cost import Link, check_counts, counts, measured
 from .registry import Algorithm, Counts, Restriction, algorithm, algorithms, at_least, lookup, per_rank, power_of_two
-from .replay import Replay, replay
+from .replay import Replay, canonical, replay
 from .schedule import Message, Program, Recv, Send, Step, mirror, recv, relabel, send, steps
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "algorithm",
     "algorithms",
     "at_least",
+    "canonical",
     "check_counts",
     "counts",
     "lookup",

@@ -8,8 +8,8 @@ Value = int
 class Expressions:
     """Reduction expressions, each kept once: equal expressions are the same number.
 
-    The number of a rank is that rank's own contribution. Operands of a fold stand in ascending rank order;
-    a fold of two is commutative.
+    The number of a rank is that rank's own contribution. Operands of a fold stand in the ascending order of the ranks
+    that hold them, as engines fold them. None is commutative: min and max of 0.0 and -0.0 depend on the order.
     """
 
     def __init__(self, size: int) -> None:
@@ -20,9 +20,7 @@ class Expressions:
         self._known: dict[tuple[Value, ...], Value] = {}
 
     def fold(self, operands: tuple[Value, ...]) -> Value:
-        """The expression that folds the operands."""
-        if len(operands) == 2 and operands[0] > operands[1]:
-            operands = operands[::-1]
+        """The expression that folds the operands, in this order."""
         value = self._known.get(operands)
         if value is None:
             value = self._known[operands] = len(self.contributors)
@@ -35,6 +33,16 @@ class Expressions:
             self.doubled.append(doubled)
             self._operands.append(operands)
         return value
+
+    def is_canonical(self, value: Value, nested: bool = False) -> bool:
+        """Whether it is 0+1+2+..., the contributions of all ranks folded in ascending order in one pass.
+
+        With `nested` also where ((0+1)+2)+... takes several: the same bits, unless sums are rounded between passes.
+        """
+        operands = self._operands[value] or (value,)
+        while nested and operands[0] >= self.size:
+            operands = self._operands[operands[0]] + operands[1:]
+        return operands == tuple(range(self.size))
 
     def ranks(self, value: Value) -> list[int]:
         """The ranks whose contributions an expression holds."""

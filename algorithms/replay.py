@@ -3,7 +3,8 @@
 What is proved:
 
 - every rank ends with the blocks of the postcondition, with every wanted contribution exactly once;
-- on all ranks of an all_reduce a block is reduced by the same expression, so all get the same bits;
+- on all ranks of an all_reduce a block is reduced by the same expression, so all get the same bits (`canonical` tells
+  whether it is the one that a reproducible communicator wants);
 - no deadlock (a) when a send waits for its receive, and (b) with room for two unread messages per ordered
   pair of ranks, where a step does its sends in order, then its receives, and frees their room at its end, and (c)
   like (b) where messages are read in place: what was sent is not changed before its readers' steps have ended;
@@ -20,6 +21,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -58,6 +60,7 @@ class Replay:
         starts, ends: when a rank's step starts and ends, [rank][step], in units of one message.
         transfers: all messages.
         expressions: what the values mean.
+        results: the values at the end, of the blocks of the postcondition.
     """
 
     algorithm: Algorithm
@@ -71,6 +74,7 @@ class Replay:
     ends: list[list[int]]
     transfers: list[Transfer]
     expressions: Expressions
+    results: frozenset[Value]
 
     @property
     def steps(self) -> int:
@@ -102,6 +106,17 @@ def replay(algorithm: Algorithm, size: int, root: int = 0) -> Replay:
     return _Run(algorithm, size, root).prove()
 
 
+@cache
+def canonical(algorithm: Algorithm, size: int, root: int = 0, nested: bool = False) -> bool:
+    """Whether all that the algorithm reduces is the canonical fold: see `Expressions.is_canonical`. Replays it once.
+
+    Raises:
+        ScheduleError, ArgumentError: as `replay`.
+    """
+    run = replay(algorithm, size, root)
+    return all(run.expressions.is_canonical(value, nested) for value in run.results)
+
+
 class _Run:
     def __init__(self, algorithm: Algorithm, size: int, root: int) -> None:
         self.algorithm, self.size, self.root = algorithm, size, root
@@ -120,6 +135,7 @@ class _Run:
         self.ends: list[list[int]] = [[] for _ in range(size)]
         self.transfers: list[Transfer] = []
         self.twice: dict[tuple[Value, Block], str] = {}
+        self.results: set[Value] = set()
 
     def prove(self) -> Replay:
         for rank, program in enumerate(self.programs):
@@ -142,6 +158,7 @@ class _Run:
             self.ends,
             self.transfers,
             self.expressions,
+            frozenset(self.results),
         )
 
     def fail(self, what: str) -> NoReturn:
@@ -285,8 +302,7 @@ class _Run:
             if block not in held:
                 self.fail(f"rank {rank}, step {number + 1} folds into block {block}, which it does not hold then")
             sources.append((rank, held[block]))
-            if len(sources) > 2:
-                sources.sort(key=lambda found: found[0])
+            sources.sort(key=lambda found: found[0])
             value = self.expressions.fold(tuple(operand for _, operand in sources))
             if self.expressions.doubled[value]:
                 self._trace_double(rank, number, block, value, [operand for _, operand in sources])
@@ -399,6 +415,7 @@ class _Run:
                     )
                 if expressions.contributors[value] != self._mask(wanted):
                     self._fail_contributors(rank, block, value, wanted)
+                self.results.add(value)
                 if self.collective is Collective.ALL_REDUCE:
                     other, same = first.setdefault(block, (rank, value))
                     if same != value:

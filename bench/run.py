@@ -206,7 +206,7 @@ def _measure_case(options: Options, world: World, case: Case, number: int, ours:
         check(2 * number + 1, -1)
     totals = [world.total(number) if options.check else None for number in wrong]
     measured = [
-        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case), timing, total)
+        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case, world.comm.reproducible), timing, total)
         for peer, timing, total in zip(everyone, timings, totals)
     ]
     roofline = timings[-1] if options.roofline else None
@@ -222,10 +222,11 @@ def _check(peer: Peer, call: Call, case: Case, buffers: Buffers, world: World, r
     return count_wrong(case, buffers.result, seed, world.rank, root)
 
 
-def _ran(peer: Peer, case: Case) -> str:
+def _ran(peer: Peer, case: Case, reproducible: bool) -> str:
     if peer.name != "abccl":
         return ""
-    return choose(case.collective, case.ranks, case.size, None if peer.algorithm == "auto" else peer.algorithm).name
+    asked = None if peer.algorithm == "auto" else peer.algorithm
+    return choose(case.collective, case.ranks, case.size, asked, reproducible).name
 
 
 def geometric_mean(ratios: list[float], cap: float = math.inf) -> float:

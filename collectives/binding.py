@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..transports import Operation, Transport
 from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
-from .choice import choose
+from .choice import check_reproducible, choose
 
 FORWARDING_FREE = ("direct", "pairwise")
 """The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
@@ -65,10 +65,11 @@ class Uneven(NamedTuple):
 
 
 class Binder:
-    """Makes plans for one rank of a transport's group."""
+    """Makes plans for one rank of a transport's group; of algorithms that are reproducible only, if told so."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, reproducible: bool) -> None:
         self.rank, self.size = transport.rank, transport.size
+        self.reproducible = reproducible
         self._transport = transport
         self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
 
@@ -99,6 +100,9 @@ class Binder:
         known = source or target or _NOTHING
         kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
         chosen = self._choose(collective, source, target, uneven, algorithm)
+        _prove(chosen, self.size)
+        if self.reproducible:
+            check_reproducible(chosen, self.size, int(root), known.dtype)
         sizes = self._sizes(collective, source, target, uneven, chosen)
         plan = bind(
             self._skeleton(chosen, int(root), scaling),
@@ -179,7 +183,7 @@ class Binder:
     ) -> Algorithm:
         """The algorithm. All ranks come to the same one: what only one rank sees is not looked at."""
         if uneven.sent is not None and uneven.matrix is None and asked is None:
-            return self._proved(choose(collective, self.size, 0, FORWARDING_FREE[0]))
+            return choose(collective, self.size, 0, FORWARDING_FREE[0])
         match collective:
             case Collective.ALL_GATHER:
                 whole = target
@@ -190,11 +194,7 @@ class Binder:
             case _:
                 whole = source
         nbytes = whole.count * whole.itemsize if whole else 0
-        return self._proved(choose(collective, self.size, nbytes, asked))
-
-    def _proved(self, algorithm: Algorithm) -> Algorithm:
-        _prove(algorithm, self.size)
-        return algorithm
+        return choose(collective, self.size, nbytes, asked, self.reproducible)
 
     def _sizes(
         self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, chosen: Algorithm
@@ -256,7 +256,8 @@ class Binder:
             what = "parts"  # one rank may give its splits where another's are equal: messages tell their lengths
         elif uneven.counts is not None:
             what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
-        details = [known.dtype, *([str(uneven.op)] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
+        op = f"reproducible {uneven.op}" if self.reproducible else f"{uneven.op}"
+        details = [known.dtype, *([op] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
         return f"{collective.value}({', '.join(details)}, {chosen.name})"
 
     def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:

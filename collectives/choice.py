@@ -1,19 +1,24 @@
 """Which algorithm runs a call when the caller does not say: a rule of thumb, in one table, until there is a tuner.
 
-Every rank must choose alike, so a choice depends on the collective, the number of ranks and the bytes only.
+Every rank must choose alike, so a choice depends on the collective, the number of ranks and the bytes only, and on
+whether the communicator is reproducible. Such a one runs only algorithms that reduce by the canonical fold.
 """
 
 from __future__ import annotations
 
 import os
 
-from ..algorithms import Algorithm, Collective, algorithms, lookup
+from ..algorithms import Algorithm, Collective, algorithms, canonical, lookup
 from ..errors import ArgumentError, UnknownAlgorithm
 
 ENVIRONMENT = "ABCCL_ALGORITHM"
 """Forces an algorithm: "ring", or "all_reduce=ring,broadcast=tree". Read when a call of some kind is first seen. An
 all_to_all with splits follows only `algorithm=`: others may have to gather all sizes first."""
 
+REPRODUCIBLE = "ABCCL_REPRODUCIBLE"
+"""Whether communicators are reproducible, 0 or 1, where their maker does not say. Read when one is made."""
+
+_HALVES = ("float16", "bfloat16")
 _ANY = float("inf")
 
 # The first row that holds decides: up to so many ranks, up to so many bytes (of the whole vector), this algorithm.
@@ -38,9 +43,40 @@ _RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
     Collective.BARRIER: ((_ANY, _ANY, "recursive_doubling"),),
 }
 
+# The same for reproducible communicators: each is canonical for as many ranks, so that none needs to be replayed.
+_REPRODUCIBLE_RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
+    Collective.ALL_REDUCE: (
+        (2, 256 << 10, "recursive_doubling"),
+        (_ANY, 16 << 10, "direct"),
+        (_ANY, _ANY, "two_shot"),
+    ),
+    Collective.REDUCE_SCATTER: ((_ANY, _ANY, "direct"),),
+    Collective.REDUCE: ((_ANY, _ANY, "direct"),),
+}
 
-def choose(collective: Collective, size: int, nbytes: int, asked: str | None = None) -> Algorithm:
+
+def is_reproducible(asked: bool | None) -> bool:
+    """Whether a communicator is to be reproducible: as its maker has asked for, else as the environment says.
+
+    Raises:
+        ArgumentError: what was asked for is no bool, or the environment says neither 0 nor 1.
+    """
+    if asked is None:
+        text = os.environ.get(REPRODUCIBLE) or "0"
+        if text not in ("0", "1"):
+            raise ArgumentError(f"{REPRODUCIBLE} must be 0 or 1, and is {text!r}")
+        return text == "1"
+    if not isinstance(asked, bool):
+        raise ArgumentError(f"reproducible must be True, False or None, and is {asked!r}")
+    return asked
+
+
+def choose(
+    collective: Collective, size: int, nbytes: int, asked: str | None = None, reproducible: bool = False
+) -> Algorithm:
     """The algorithm for a call: what was asked for, else what the environment forces, else the rule's.
+
+    What a user has named need not be reproducible: `check_reproducible` tells.
 
     Raises:
         UnknownAlgorithm: none of that name.
@@ -58,8 +94,28 @@ def choose(collective: Collective, size: int, nbytes: int, asked: str | None = N
                 f"{collective.value}: {name} wants {wants}, and there are {size}: choose another algorithm"
             )
         return chosen
-    rows = _RULES[collective]
+    rows = (reproducible and _REPRODUCIBLE_RULES.get(collective)) or _RULES[collective]
     return lookup(collective, next(name for ranks, most, name in rows if size <= ranks and nbytes <= most))
+
+
+def check_reproducible(algorithm: Algorithm, size: int, root: int, dtype: str) -> None:
+    """Refuse an algorithm that does not reduce by the canonical fold. It is replayed, once in a process.
+
+    Raises:
+        ArgumentError: with those that would do.
+        ScheduleError: it is wrong.
+    """
+    rows = _REPRODUCIBLE_RULES.get(algorithm.collective, ())
+    names = dict.fromkeys(name for ranks, _, name in rows if size <= ranks)
+    if not rows or algorithm in (lookup(algorithm.collective, name) for name in names):
+        return
+    # Half types are folded in float32 and rounded after each pass, so that it matters how many passes there are.
+    rounds = dtype in _HALVES
+    if not canonical(algorithm, size, root, nested=not rounds):
+        raise ArgumentError(
+            f"{algorithm.collective.value}: this communicator is reproducible, and {algorithm.name} does not fold the "
+            f"values of {size} ranks in ascending order{' in one pass' * rounds}: choose {' or '.join(names)}"
+        )
 
 
 def _forced(collective: Collective) -> str | None:

@@ -19,13 +19,15 @@ import numpy as np
 
 from ..algorithms import Collective, registry
 from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError, TransportError
-from ..transports import ANY_SOURCE, Transport, _native
+from ..transports import Transport, _native
 from ..transports.shm import ShmPlan, ShmTransport
 from .arrays import Array, view
 from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import Bootstrap, find
+from .choice import is_reproducible
 from .members import Members
 from .memory import RegisteredMemory, empty, heap_bytes
+from .messages import MessageCalls
 from .persistent import Persistent, PersistentCalls, PersistentExecution
 from .shortcut import shortcut
 from .work import Work, WorkQueue
@@ -50,7 +52,7 @@ _SPLIT_TAG = -1
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-class Communicator(PersistentCalls):
+class Communicator(PersistentCalls, MessageCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
@@ -63,14 +65,14 @@ class Communicator(PersistentCalls):
         timeout: seconds that an operation waits for its peers.
     """
 
-    def __init__(self, transport: Transport, *, timeout: float = TIMEOUT) -> None:
+    def __init__(self, transport: Transport, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> None:
         self.rank, self.size, self.timeout = transport.rank, transport.size, timeout
         self._transport = transport
         self._native = transport.native if isinstance(transport, ShmTransport) else None
         self._queue = WorkQueue(f"abccl rank {transport.rank}")
         self._generation = _native.fork_generation()
         self._closed = False
-        self._binder = Binder(transport)
+        self._binder = Binder(transport, is_reproducible(reproducible))
         registers = isinstance(transport, ShmTransport) and transport.registers
         self._memory = RegisteredMemory(self._native, heap_bytes(self.size)) if registers else None
         self._interned: dict[Uneven, Uneven] = {}
@@ -88,8 +90,13 @@ class Communicator(PersistentCalls):
         _open.add(self)
 
     def __repr__(self) -> str:
-        state = ", closed" if self._closed else ""
+        state = ", reproducible" * self.reproducible + ", closed" * self._closed
         return f"<abccl.Communicator rank {self.rank} of {self.size} over {self._transport.name}{state}>"
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether what is reduced has the same bits for a given number of ranks, however it is done: see `init`."""
+        return self._binder.reproducible
 
     # ---- collectives
 
@@ -229,29 +236,6 @@ class Communicator(PersistentCalls):
         """Return when all ranks have called it."""
         return self._call(_BARRIER, None, None, None, 0, algorithm, async_op)
 
-    # ---- messages
-
-    def send(self, x: Array, peer: int, tag: int = 0, *, async_op: bool = False) -> Any:
-        """Send `x` to `peer`, which receives it by `recv` with the same tag. Returns when `x` may be changed.
-
-        Never in the way of a collective. Returns a Work at once with `async_op`.
-
-        Raises:
-            ArgumentError, CollectiveError: as in `all_reduce`.
-        """
-        return self._message("send", x, peer, tag, async_op)
-
-    def recv(self, x: Array, peer: int | None = None, tag: int | None = None, *, async_op: bool = False) -> Any:
-        """Receive into `x` what `peer` (any rank if None) sends with `tag` (any if None), in the order sent.
-
-        Returns the rank that it came from; a Work at once with `async_op` (its `source` is that rank, when finished).
-
-        Raises:
-            Mismatch: the message has another number of bytes than `x`.
-            ArgumentError, CollectiveError: as in `all_reduce`.
-        """
-        return self._message("recv", x, peer, tag, async_op)
-
     # ---- memory, groups, and the end
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
@@ -297,6 +281,7 @@ class Communicator(PersistentCalls):
             Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20)),
             self._transport.name,
             self.timeout,
+            self.reproducible,
         )
 
     def set_timeout(self, seconds: float) -> None:
@@ -305,6 +290,14 @@ class Communicator(PersistentCalls):
             raise ArgumentError(f"set_timeout: seconds must be positive, and is {seconds}")
         self.timeout = float(seconds)
         self._dispatcher.set_timeout(self.timeout)
+
+    def observe(self, observer: Callable[[str], Callable[[Any], None]] | None) -> None:
+        """From now on tell `observer` of each collective of the shm transport, in its caller's thread; None ends it.
+
+        It gets the call in words ("all_reduce(float32, sum, 4 elements, ring)") before the call starts, and what it
+        returns is called with the Work when it has started, or with None when it has run or failed.
+        """
+        self._dispatcher.set_observer(observer)
 
     def abort(self, reason: str = "abort() was called") -> None:
         """Make every rank's present and future calls raise `Aborted`. From any thread."""
@@ -401,45 +394,6 @@ class Communicator(PersistentCalls):
         self._queue.run(operation)
         return None
 
-    def _message(self, call: str, x: Array, peer: int | None, tag: int | None, asynchronous: bool) -> Any:
-        self._check_usable()
-        sends = call == "send"
-        buffer = view(x, "x", call, writable=not sends)
-        if peer is None and not sends:
-            peer = ANY_SOURCE
-        elif not isinstance(peer, (int, np.integer)) or peer == self.rank or not 0 <= peer < self.size:
-            raise ArgumentError(
-                f"{call}: peer must be another rank from 0 to {self.size - 1}, and is {peer!r} on rank {self.rank}"
-            )
-        if tag is not None and tag < 0:
-            raise ArgumentError(f"{call}: tag must not be negative, and is {tag}")
-        return self._transfer(call, peer, tag, buffer.address, buffer.count * buffer.itemsize, x, asynchronous)
-
-    def _transfer(
-        self, call: str, peer: int, tag: int | None, address: int, nbytes: int, keep: Any, asynchronous: bool
-    ) -> Any:
-        if self._native is None:
-            raise TransportError(
-                f"{call}: messages between ranks are served by the shm transport, and this communicator runs over "
-                f"{self._transport.name}"
-            )
-        if call == "send":
-            work = self._native.post_send(peer, tag or 0, address, nbytes, keep, self.timeout, asynchronous)
-        else:
-            work = self._native.post_receive(peer, tag, address, nbytes, keep, self.timeout, asynchronous)
-        if asynchronous:
-            self._messages = [pending for pending in self._messages if not pending.is_completed()]
-            self._messages.append(work)
-            return work
-        self.wait_message(work)
-        return None if call == "send" else work.source
-
-    def wait_message(self, work: Any) -> None:
-        """Wait in this thread for a send or recv with `async_op`: for a short message sooner than `work.wait()`."""
-        self._check_usable()
-        assert self._native is not None
-        self._native.wait_message(work)
-
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("the communicator is closed: make another with abccl.init()")
@@ -450,7 +404,7 @@ class Communicator(PersistentCalls):
             )
 
 
-def init(transport: str | None = None, *, timeout: float = TIMEOUT) -> Communicator:
+def init(transport: str | None = None, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> Communicator:
     """The communicator of all processes that were started together. Collective.
 
     Finds out how this process was started: by `abccl.spawn`, torchrun, mpirun (Open MPI, MPICH) or srun; else it is
@@ -459,23 +413,29 @@ def init(transport: str | None = None, *, timeout: float = TIMEOUT) -> Communica
     Args:
         transport: "shm" (shared memory, one host), which is also the default.
         timeout: seconds that an operation waits for its peers.
+        reproducible: whether all_reduce, reduce_scatter and reduce give the same bits for a given number of ranks,
+            whatever the algorithm, the segments and the length of the vector. None: as ABCCL_REPRODUCIBLE says, 0 or
+            1; not, by default. The same on all ranks: the first reduction raises Mismatch if not.
 
     Raises:
         TransportError: the ranks can not be found or can not reach each other.
-        ArgumentError: no such transport.
+        ArgumentError: no such transport; ABCCL_REPRODUCIBLE is neither 0 nor 1.
     """
-    return _connect(find(), transport or "shm", timeout)
+    return _connect(find(), transport or "shm", timeout, reproducible)
 
 
-def connect(bootstrap: Bootstrap, *, timeout: float = TIMEOUT) -> Communicator:
-    """The communicator of the ranks that the bootstrap knows. Collective."""
-    return _connect(bootstrap, "shm", timeout)
+def connect(bootstrap: Bootstrap, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> Communicator:
+    """The communicator of the ranks that the bootstrap knows; the rest as in `init`. Collective."""
+    return _connect(bootstrap, "shm", timeout, reproducible)
 
 
-def _connect(bootstrap: Bootstrap, transport: str, timeout: float) -> Communicator:
+def _connect(bootstrap: Bootstrap, transport: str, timeout: float, reproducible: bool | None) -> Communicator:
     if transport != "shm":
         raise ArgumentError(f"no transport is called {transport!r} here: there is shm (shared memory, one host)")
-    return Communicator(ShmTransport(bootstrap.rank, bootstrap.size, bootstrap.exchange), timeout=timeout)
+    reproducible = is_reproducible(reproducible)  # or an error, before the ranks meet
+    return Communicator(
+        ShmTransport(bootstrap.rank, bootstrap.size, bootstrap.exchange), timeout=timeout, reproducible=reproducible
+    )
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

@@ -2,7 +2,7 @@
 
 The execution here moves numbers: ranks are coroutines that take turns at random, once with sends that wait for
 their receives and once with two slots per pair. Blocks are lists of distinct lengths, so a wrong block is noticed;
-a second value, combined by a commutative but not associative operation, notices unequal reduction trees.
+a second value, combined by an operation that is neither associative nor commutative, notices unequal reduction trees.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ class Wrong(Exception):
 
 
 def combine(values: list[int]) -> int:
-    """Not associative; commutative for two, but not for more."""
-    if len(values) == 2:
-        x, y = values
-        return (x * y + pow(x + y, 3, PRIME) + 1) % PRIME
+    """Neither associative nor commutative."""
     return pow(sum(x * pow(31, i + 1, PRIME) for i, x in enumerate(values)) + len(values), 5, PRIME)
 
 

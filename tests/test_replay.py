@@ -81,7 +81,19 @@ UNEQUAL = (
 
 def test_unequal_reduction_orders() -> None:
     a = made(Collective.ALL_REDUCE, *UNEQUAL)
-    refused(a, 3, "ranks 0 and 1 reduce block 0 in different orders", "2+(0+1) and 0+(1+2)")
+    refused(a, 3, "ranks 0 and 1 reduce block 0 in different orders", "(0+1)+2 and 0+(1+2)")
+
+
+def test_the_order_of_two_counts() -> None:
+    """min(0.0, -0.0) is -0.0, min(-0.0, 0.0) is 0.0."""
+    programs = (
+        [recv(1, 0, reduce=True), send(2, 0), swap(3, 0)],
+        [send(0, 0), recv(3, 0), swap(2, 0)],
+        [send(3, 0), recv(0, 0), swap(1, 0)],
+        [recv(2, 0, reduce=True), send(1, 0), swap(0, 0)],
+    )
+    a = made(Collective.ALL_REDUCE, *programs)
+    refused(a, 4, "ranks 0 and 1 reduce block 0 in different orders", "(0+1)+(2+3) and (2+3)+(0+1)")
 
 
 def test_block_not_held() -> None:

@@ -51,10 +51,30 @@ def sum_sparse(
     def finish() -> None:
         pieces = torch.split(all_indices, [count * dimensions for count in counts])
         joined = torch.cat([piece.view(dimensions, -1) for piece in pieces], dim=1)
-        total = torch.sparse_coo_tensor(joined, all_values, tensor.shape, check_invariants=False).coalesce()
+        if communicator.reproducible:
+            total = _add_in_rank_order(joined, all_values, counts, tensor.shape)
+        else:
+            total = torch.sparse_coo_tensor(joined, all_values, tensor.shape, check_invariants=False).coalesce()
         if op == "avg":
             total = total / communicator.size
         with torch.no_grad():
             tensor.copy_(total)
 
     return start, finish
+
+
+def _add_in_rank_order(indices: Tensor, values: Tensor, counts: list[int], shape: torch.Size) -> Tensor:
+    """What coalesce makes of the elements of all ranks, which adds up in the order of a sort that is not stable.
+
+    Up to twice as slow for float32, six times for half types, which are added up in float32 and rounded once.
+    """
+    flat = indices[0]
+    for extent, row in zip(shape[1:], indices[1:]):
+        flat = flat * extent + row
+    places, where = torch.unique(flat, return_inverse=True)
+    wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
+    total = torch.zeros((len(places), *values.shape[1:]), dtype=wide)
+    for rows, part in zip(torch.split(where, counts), torch.split(values, counts)):
+        total[rows] += part  # a rank has one element at a place
+    sparse = torch.stack(torch.unravel_index(places, shape[: len(indices)]))
+    return torch.sparse_coo_tensor(sparse, total.to(values.dtype), shape, is_coalesced=True, check_invariants=False)
