@@ -19,7 +19,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo performance test check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo performance test test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -77,6 +77,10 @@ test-%: $(NATIVE) ## the multi-process tests with N ranks, as in `make test-4`
 	@case '$*' in *[!0-9]*|0*) echo "make test-$*: wanted a number of ranks, as in make test-4" >&2; exit 2;; esac
 	@echo "== multi-process tests, $* ranks"
 	@ABCCL_TEST_RANKS=$* python -m pytest -m ranks
+
+test-torch: $(NATIVE) ## PyTorch's own tests of torch.distributed, over abccl (WORDS=gather: some)
+	@echo "== PyTorch's own tests of torch.distributed, over abccl"
+	@python tests/torch_suite.py $(WORDS)
 
 check: $(NATIVE) ## style, types, formatting, and that imports only point down
 	@echo "== ruff"

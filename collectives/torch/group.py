@@ -58,7 +58,7 @@ class Group(_ProcessGroup):  # type: ignore[misc]
         self._sequence = 0
         self._timeout_lock = threading.Lock()
         self._completion = Completion(f"abccl futures of rank {communicator.rank}")
-        self._observer = Observer(communicator, self._completion)
+        self._observer = Observer(communicator)
         self._backend = _Backend(self)
         _open.add(self)
 
