@@ -1,29 +1,19 @@
-"""DistributedDataParallel over abccl: the same losses as over Gloo; and the example, as a user starts it."""
+"""DistributedDataParallel over abccl: the same losses as over Gloo, to the last bit (two ranks add two numbers)."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
+from torch_ranks import MARKS, Checks, dist, outcomes, returned, torch
 
-import abccl
-
-pytestmark = pytest.mark.torch
-torch = pytest.importorskip("torch")
-dist = torch.distributed
+pytestmark = MARKS
 nn = torch.nn
+ddp = nn.parallel.DistributedDataParallel
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 
 
@@ -43,20 +33,53 @@ class Net(nn.Module):
         return self.out(both)
 
 
-def fp16(model: Any, group: Any) -> None:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-
-    model.register_comm_hook(group, fp16_compress_hook)
+# ---- hooks
 
 
-def power_sgd(model: Any, group: Any) -> None:
-    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+def built_in(name: str) -> Callable[[Any], None]:
+    """A hook of torch's default_hooks."""
 
-    state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=1, start_powerSGD_iter=2)
-    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    def register(model: Any) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        model.register_comm_hook(None, getattr(default_hooks, name))
+
+    return register
 
 
-# What DDP is asked for, beside a small bucket size.
+def power_sgd(model: Any, halves: bool = False) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+    hook = powerSGD_hook.powerSGD_hook
+    model.register_comm_hook(state, default_hooks.fp16_compress_wrapper(hook) if halves else hook)
+
+
+def bf16(model: Any) -> None:
+    """torch takes its bf16 hook, by name, with NCCL only."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    def hook(state, bucket):
+        return default_hooks.bf16_compress_hook(state, bucket)
+
+    model.register_comm_hook(None, hook)
+
+
+def quantization(model: Any) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import quantization_hooks
+
+    model.register_comm_hook(dist.group.WORLD, quantization_hooks.quantization_pertensor_hook)
+
+
+def local_sgd(model: Any) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook
+
+    state = post_localSGD_hook.PostLocalSGDState(None, dist.new_subgroups(1)[0], start_localSGD_iter=2)
+    model.register_comm_hook(state, post_localSGD_hook.post_localSGD_hook)
+
+
+# What DDP is asked for, beside a small bucket size. A hook that starts collectives in its callbacks has one bucket:
+# with several, the ranks would start them in different orders, over any backend of CPU tensors.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "static_graph": {"static_graph": True},
@@ -64,27 +87,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_sync": {"no_sync": True},
     "bucket_views": {"gradient_as_bucket_view": True},
     "one_bucket": {"bucket_cap_mb": 25},
+    "buffers": {"buffers": True},
+    "own_buffers": {"buffers": True, "broadcast_buffers": False},
     "sparse": {"sparse": True},
-    "fp16": {"hook": fp16},
-    # One bucket: with several, callbacks that wait for each other take all threads that Gloo has, and it hangs.
-    "power_sgd": {"hook": power_sgd, "bucket_cap_mb": 25},
     "join": {"join": True},
+    "join_of_branches": {"join": True, "find_unused_parameters": True, "branches": True},
+    "all_reduce_hook": {"hook": built_in("allreduce_hook")},
+    "fp16": {"hook": built_in("fp16_compress_hook")},
+    "bf16": {"hook": bf16},
+    "power_sgd": {"hook": power_sgd, "bucket_cap_mb": 25},
+    "power_sgd_fp16": {"hook": partial(power_sgd, halves=True), "bucket_cap_mb": 25},
+    "local_sgd": {"hook": local_sgd},
+    "replicate": {"replicate": True},
+    "compiled": {"compiled": True, "bucket_cap_mb": 25},
 }
 
 
-def train(group: Any, setting: dict[str, Any]) -> list[float]:
-    """Losses of a few steps, and a sum of the weights."""
-    own = {"branches": False, "no_sync": False, "sparse": False, "hook": None, "join": False} | setting
-    asked = {
-        name: value for name, value in setting.items() if name not in ("branches", "no_sync", "sparse", "hook", "join")
-    }
+def train(
+    *,
+    branches: bool = False,
+    no_sync: bool = False,
+    sparse: bool = False,
+    join: bool = False,
+    buffers: bool = False,
+    replicate: bool = False,
+    compiled: bool = False,
+    hook: Callable[[Any], None] | None = None,
+    **asked: Any,
+) -> list[float]:
+    """Losses of a few steps, and a sum of the weights; `asked` is for DDP."""
     torch.manual_seed(3)
     rank = dist.get_rank()
-    model = nn.parallel.DistributedDataParallel(
-        Net(own["sparse"]), process_group=group, **({"bucket_cap_mb": 0.02} | asked)
-    )
-    if own["hook"]:
-        own["hook"](model, group)
+    net = Net(sparse)
+    asked = {"bucket_cap_mb": 0.02} | asked
+    if replicate:
+        from torch.distributed._composable.replicate import replicate as replicated
+
+        model = replicated(net, **asked)
+    else:
+        model = ddp(net, **asked)
+    if hook:
+        hook(model)
+    called = torch.compile(model, backend="aot_eager") if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(rank)
     losses = []
@@ -92,12 +136,12 @@ def train(group: Any, setting: dict[str, Any]) -> list[float]:
     def step(number: int) -> None:
         x = torch.randint(0, 20, (16, 6), generator=generator)
         y = torch.randint(0, 5, (16,), generator=generator)
-        branch = (number + rank) % 2 == 0 if own["branches"] else None
-        loss = nn.functional.cross_entropy(model(x, branch), y)
+        branch = (number + rank) % 2 == 0 if branches else None
+        loss = nn.functional.cross_entropy(called(x, branch), y)
         loss.backward()
         losses.append(loss.item())
 
-    if own["join"]:
+    if join:
         with model.join():
             for number in range(STEPS + rank):
                 step(number)
@@ -105,138 +149,71 @@ def train(group: Any, setting: dict[str, Any]) -> list[float]:
                 optimizer.zero_grad()
     else:
         for number in range(STEPS):
-            if own["no_sync"]:
+            if no_sync:
                 with model.no_sync():
                     step(number)
             step(number)
             optimizer.step()
             optimizer.zero_grad()
-    return [*losses, sum(float(p.detach().double().sum()) for p in model.parameters())]
+    summed = [*model.parameters(), *(model.buffers() if buffers else [])]
+    return [*losses, sum(float(p.detach().double().sum()) for p in summed)]
 
 
-def rank_main(path: str) -> dict[str, Any]:
-    """One rank: each setting over both backends, and a compiled model; losses, or what went wrong."""
-    from abccl.collectives.bootstrap import spawned
-    from abccl.collectives.torch.register import register
-
-    register()
-    torch.set_num_threads(1)
-    assert spawned is not None
-    store = dist.FileStore(path, spawned.size)
-    limit = timedelta(seconds=20)
-    dist.init_process_group("abccl", store=store, rank=spawned.rank, world_size=spawned.size, timeout=limit)
-    groups = {"abccl": dist.group.WORLD, "gloo": dist.new_group(backend="gloo", timeout=limit)}
-    found: dict[str, Any] = {}
-    for name, setting in SETTINGS.items():
-        for backend, group in groups.items():
-            try:
-                found[f"{name} {backend}"] = train(group, setting)
-            except BaseException as error:
-                found[f"{name} {backend}"] = f"{type(error).__name__}: {error}"
-    try:
-        found["other shapes"] = train_of_other_shapes()
-    except BaseException as error:
-        found["other shapes"] = f"{type(error).__name__}: {error}"
-    dist.destroy_process_group()
-    return found
+def quantized() -> list[float]:
+    """The hook takes the future of an all-gather as NCCL gives it, a list in a list. Gloo's is another."""
+    return train(hook=quantization, bucket_cap_mb=25)
 
 
-def train_of_other_shapes() -> str:
+def in_debug_mode() -> list[float]:
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL. With it, torch 2.13's DDP over Gloo crashes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+        dist.set_debug_level_from_env()
+        assert dist.get_debug_level() == dist.DebugLevel.DETAIL
+        losses = train(process_group=dist.new_group(), find_unused_parameters=True)
+    dist.set_debug_level_from_env()
+    return losses
+
+
+def other_shapes() -> str:
     """A parameter of another shape on one rank: DDP says so on some ranks; all raise, in time."""
     group = dist.new_group(backend="abccl", timeout=timedelta(seconds=3))
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 4 + dist.get_rank()), process_group=group)
+        model = ddp(nn.Linear(3, 4 + dist.get_rank()), process_group=group)
         model(torch.ones(2, 3)).sum().backward()
     except RuntimeError:
         return "raised"
     return "went on"
 
 
-def results(ranks: int) -> list[dict[str, Any]]:
-    found = start(ranks)
-    if isinstance(found, Exception):
-        raise found
-    return found
+COMPARED = Checks({name: partial(train, **setting) for name, setting in SETTINGS.items()})
+CHECKS = Checks(COMPARED)
+CHECKS.add(quantized)
+CHECKS.add(in_debug_mode)
+CHECKS.add(other_shapes)
 
 
-@cache
-def start(ranks: int) -> Any:
-    """What every rank found. An error is kept, or each test would start them all again."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            here = importlib.import_module("test_ddp")
-            return abccl.spawn(here.rank_main, ranks, (f"{folder}/store",), timeout=100)
-    except abccl.AbcclError as error:
-        return error
-    finally:
-        sys.path.pop(0)
+def over(backend: str, name: str) -> list[Any]:
+    """What the ranks' checks returned."""
+    return returned(outcomes("test_ddp", 2, abccl="CHECKS", gloo="COMPARED")[backend][name])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_same_as_gloo(name: str) -> None:
-    for found in results(2):
-        ours, theirs = found[f"{name} abccl"], found[f"{name} gloo"]
-        assert isinstance(theirs, list), theirs
-        # Halves are rounded on the way, differently by different orders of adding.
-        assert ours == pytest.approx(theirs, rel=1e-2 if name in ("fp16", "power_sgd") else 1e-5)
+    assert over("abccl", name) == over("gloo", name)
+
+
+def test_quantized_gradients() -> None:
+    """Numbers of 8 bits: nearly the same losses as Gloo's without the hook."""
+    ours, theirs = over("abccl", "quantized"), over("gloo", "one_bucket")
+    assert ours != theirs
+    for losses, expected in zip(ours, theirs):
+        assert losses == pytest.approx(expected, rel=1e-2)
+
+
+def test_debug_mode() -> None:
+    assert over("abccl", "in_debug_mode") == over("gloo", "plain")
 
 
 def test_other_shapes_on_one_rank() -> None:
-    assert [found["other shapes"] for found in results(2)] == ["raised", "raised"]
-
-
-def test_without_destroy(tmp_path: Path) -> None:
-    """A program that just ends, with a future, a message and a thread's recv still open, ends well."""
-    code = """
-import threading
-import abccl, numpy as np, torch, torch.distributed as dist
-from abccl.collectives.torch.register import register
-register()
-dist.init_process_group("abccl")
-x = torch.ones(1000)
-dist.all_reduce(x, async_op=True).get_future().wait()
-if dist.get_rank() == 0:
-    pending = dist.irecv(x, 1)
-    future = pending.get_future()
-comm = abccl.init()
-threading.Thread(target=comm.recv, args=(np.ones(1), 1 - comm.rank), daemon=True).start()
-print(f"value {x[0].item()}\\n", end="")
-"""
-    (tmp_path / "program.py").write_text(code)
-    done = torchrun(tmp_path / "program.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("value 2.0") == 2
-
-
-def test_example(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    report = tmp_path / "digits.json"
-    # Registered by hand: a checkout need not be installed for its tests.
-    start = tmp_path / "start.py"
-    start.write_text(
-        "import runpy, sys\nfrom abccl.collectives.torch.register import register\nregister()\n"
-        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    example = ROOT / "examples" / "train_digits.py"
-    done = torchrun(start, example, "--backend", "abccl,gloo", "--epochs", "3", "--json", report)
-    assert done.returncode == 0, done.stderr
-    assert "losses equal to 5 digits: yes" in done.stdout
-    ours, theirs = json.loads(report.read_text())
-    assert (ours["backend"], theirs["backend"]) == ("abccl", "gloo")
-    assert ours["accuracy"] == theirs["accuracy"] > 0.5
-    assert len(re.findall(r"epoch +\d+ +loss", done.stdout)) == 6
-
-
-def torchrun(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Two processes by torchrun, with the package of this run."""
-    package = str(Path(abccl.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    assert over("abccl", "other_shapes") == ["raised", "raised"]

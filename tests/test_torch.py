@@ -1,33 +1,29 @@
-"""`backend="abccl"` of torch.distributed: messages, groups, works, failures; and the comparisons of torch_checks.py.
-
-Starting processes that import torch takes seconds, so all checks of one number of ranks run in one start.
+"""`backend="abccl"` of torch.distributed: messages, groups, works, failures; and the checks of torch_checks.py and
+torch_functions.py. All of one number of ranks run in one start.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-import tempfile
+import inspect
+import re
 import threading
 import time
-import traceback
+import warnings
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch_checks
+import torch_functions
+from torch_ranks import MARKS, Checks, Groups, a_group, dist, here, outcomes, raises, returned, torch
 
 import abccl
 
-pytestmark = pytest.mark.torch
-torch = pytest.importorskip("torch")
-dist = torch.distributed
+pytestmark = MARKS
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the ranks, which import this file as a module, too
-checks = importlib.import_module("torch_checks")
-CHECKS, Groups, check = checks.CHECKS, checks.Groups, checks.check
-here, a_group, raises = checks.here, checks.a_group, checks.raises
+CHECKS = Checks(torch_checks.CHECKS | torch_functions.CHECKS)
+check = CHECKS.add
 
 
 # ---- messages
@@ -113,25 +109,9 @@ def groups() -> None:
 
 
 @check
-def device_mesh_and_functional_collectives() -> None:
-    from torch.distributed import _functional_collectives as functional
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    rank, size = here()
-    mesh = init_device_mesh("cpu", (size,))
-    total = functional.all_reduce(torch.full((3,), float(rank)), "sum", mesh)
-    assert total.tolist() == [sum(range(size))] * 3
-    whole = functional.all_gather_tensor(torch.full((2,), float(rank)), 0, mesh)
-    assert whole.tolist() == [r // 2 for r in range(2 * size)]
-    matrix = torch.arange(12.0).view(6, 2)
-    assert torch.equal(distribute_tensor(matrix, mesh, [Shard(0)]).full_tensor(), matrix)
-
-
-@check
 def direct_calls() -> None:
     _, size = here()
-    group = Groups.abccl
+    group = Groups.world
     x = torch.ones(3)
     group.allreduce(x).wait()
     group.allreduce([x], dist.ReduceOp.MAX).wait()
@@ -147,7 +127,7 @@ def direct_calls() -> None:
 def registered_memory() -> None:
     """As FSDP2 asks for it."""
     _, size = here()
-    backend = Groups.abccl._get_backend(torch.device("cpu"))
+    backend = Groups.world._get_backend(torch.device("cpu"))
     assert backend.supports_tensor_alloc(torch.device("cpu"))
     x = backend.allocate_tensor(100_000, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert x.shape == (100_000,) and x.dtype == torch.bfloat16
@@ -189,7 +169,7 @@ def two_threads() -> None:
         for _ in range(5):
             dist.all_reduce(x, group=group)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(results, (Groups.abccl, other))]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(results, (Groups.world, other))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -279,51 +259,51 @@ def an_abort() -> None:
 # ---- running them
 
 
-def rank_main(path: str) -> dict[str, str | None]:
-    """One rank: all checks, and what each came to."""
-    from abccl.collectives.bootstrap import spawned
-    from abccl.collectives.torch.register import register
-
-    register()
-    torch.set_num_threads(1)
-    assert spawned is not None
-    store = dist.FileStore(path, spawned.size)
-    dist.init_process_group(
-        "abccl", store=store, rank=spawned.rank, world_size=spawned.size, timeout=timedelta(seconds=20)
-    )
-    Groups.abccl, Groups.gloo = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
-    results: dict[str, str | None] = {}
-    for name, function in CHECKS.items():
-        try:
-            function()
-            results[name] = None
-        except BaseException:
-            results[name] = traceback.format_exc()
-    dist.destroy_process_group()
-    return results
-
-
-def results(ranks: int) -> list[dict[str, str | None]]:
-    found = start(ranks)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-@cache
-def start(ranks: int) -> Any:
-    """What every rank found. An error is kept, or each test would start them all again."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            here = importlib.import_module("test_torch")
-            return abccl.spawn(here.rank_main, ranks, (f"{folder}/store",), timeout=100)
-    except abccl.AbcclError as error:
-        return error
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_torch(name: str, ranks: int) -> None:
     if ranks < 2:
         pytest.skip("wants two ranks")
-    failed = {rank: found[name] for rank, found in enumerate(results(ranks)) if found[name]}
-    assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
+    returned(outcomes("test_torch", ranks, abccl="CHECKS")["abccl"][name])
+
+
+@pytest.mark.parametrize("backend", ["abccl", "cpu:abccl,cuda:nccl"])
+def test_a_world_of_one(backend: str, tmp_path: Path) -> None:
+    from abccl.collectives.torch.register import register
+
+    register()
+    for how in ({"store": dist.HashStore()}, {"init_method": f"file://{tmp_path}/store"}):
+        dist.init_process_group(backend, rank=0, world_size=1, **how)
+        try:
+            x, outs = torch.arange(3.0), [torch.zeros(3)]
+            dist.all_reduce(x)
+            dist.all_gather(outs, x)
+            assert outs[0].tolist() == x.tolist() == [0.0, 1.0, 2.0]
+            assert dist.get_backend() == backend
+        finally:
+            dist.destroy_process_group()
+
+
+# Public functions of torch.distributed without a check, and why.
+UNCHECKED = {
+    "breakpoint": "a debugger's prompt, around a barrier",
+    "get_default_backend_for_device": "asks nothing of a backend",
+    "is_gloo_available": "of another backend",
+    "is_mpi_available": "of another backend",
+    "is_nccl_available": "of another backend",
+    "is_torchelastic_launched": "asks nothing of a backend",
+    "is_ucc_available": "of another backend",
+    "is_xccl_available": "of another backend",
+    "record_comm": "marks a range for a profiler",
+    "register_rendezvous_handler": "before there is a backend",
+    "rendezvous": "before there is a backend",
+}
+
+
+def test_every_public_function_has_a_check() -> None:
+    files = ("test_torch", "torch_checks", "torch_functions", "torch_ranks")
+    text = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in files)
+    named = set(re.findall(r"\bdist(?:, \"|\.)(\w+)", text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        public = {name for name in dir(dist) if name[0] != "_" and inspect.isfunction(getattr(dist, name))}
+    assert public - named == UNCHECKED.keys() & public

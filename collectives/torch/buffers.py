@@ -7,6 +7,7 @@ pieces of `chunk` and `split` do. Everything else goes through a flat copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ def plain(tensor: Tensor) -> bool:
 def as_bytes(flat: Tensor) -> Tensor:
     """A contiguous tensor of an element type that is only moved, not computed with (float8, ...), as bytes."""
     return flat if flat.dtype in _SERVED else flat.detach().view(-1).view(torch.uint8)
+
+
+def as_reals(flat: Tensor, operator: Any) -> Tensor:
+    """A contiguous tensor of complex32, which the communicator has not, as float16 where that gives the same."""
+    real = flat.dtype == torch.complex32 and operator in ("sum", "avg")
+    return torch.view_as_real(flat.detach()) if real else flat
 
 
 def reading(tensor: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class ProcessGroup(Group):
         (tensor,) = tensors
         reduce, root, operator = self._communicator.reduce, opts.rootRank, operator_name(opts.reduceOp)
         flat, finish = buffers.changing(tensor)
+        flat = buffers.as_reals(flat, operator)
         finish = finish if self._communicator.rank == root else None
         return self._issue(opts, lambda later: [reduce(flat, operator, root, async_op=later)], tensors, finish)
 
@@ -151,12 +152,9 @@ class ProcessGroup(Group):
     ) -> Any:
         """The output becomes this rank's part of the reduction of all inputs."""
         opts = with_timeout(opts or c10d.ReduceScatterOptions(), timeout)
-        scatter, operator, x = (
-            self._communicator.reduce_scatter,
-            operator_name(opts.reduceOp),
-            buffers.reading(inputTensor),
-        )
-        out, finish = buffers.writing(outputTensor)
+        scatter, operator = self._communicator.reduce_scatter, operator_name(opts.reduceOp)
+        x, (out, finish) = buffers.as_reals(buffers.reading(inputTensor), operator), buffers.writing(outputTensor)
+        out = buffers.as_reals(out, operator)
         return self._issue(opts, lambda later: [scatter(out, x, operator, async_op=later)], [outputTensor], finish)
 
     def all_to_all_single(
@@ -257,8 +255,9 @@ class ProcessGroup(Group):
         opts = with_operator(c10d.ReduceScatterOptions(), opts, op, timeout)
         check_alone("reduce_scatter", output_tensors, input_tensors)
         (output,), (inputs,) = output_tensors, input_tensors
-        x, counts, operator = buffers.reading_all(inputs), uneven(inputs), operator_name(opts.reduceOp)
-        out, finish = buffers.writing(output)
+        operator = operator_name(opts.reduceOp)
+        x, (out, finish) = buffers.as_reals(buffers.reading_all(inputs), operator), buffers.writing(output)
+        out, counts = buffers.as_reals(out, operator), uneven(inputs, x.element_size())
         scatter = self._communicator.reduce_scatter
         return self._issue(
             opts, lambda later: [scatter(out, x, operator, counts=counts, async_op=later)], output_tensors, finish
@@ -271,9 +270,10 @@ class ProcessGroup(Group):
         opts = opts or c10d.ReduceScatterOptions()
         operator, scatter = operator_name(opts.reduceOp), self._communicator.reduce_scatter
         calls = [(*buffers.writing(out), buffers.reading(x)) for out, x in zip(outputTensors, inputTensors)]
+        flats = [(buffers.as_reals(out, operator), buffers.as_reals(x, operator)) for out, _, x in calls]
         return self._issue(
             opts,
-            lambda later: [scatter(out, x, operator, async_op=later) for out, _, x in calls],
+            lambda later: [scatter(out, x, operator, async_op=later) for out, x in flats],
             outputTensors,
             copy_all(finish for _, finish, _ in calls),
         )
