@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch_ranks
+from torch_ranks import MARKS, Checks, Groups, dist, here, outcomes, returned, torch
 
 import abccl
 
-pytestmark = pytest.mark.torch
-torch = pytest.importorskip("torch")
-dist, nn = torch.distributed, torch.nn
+pytestmark = MARKS
+nn = torch.nn
 
-here = torch_ranks.here
-CHECKS = torch_ranks.Checks()
+CHECKS = Checks()
 check = CHECKS.add
 
 
@@ -365,7 +363,7 @@ def a_peer_that_leaves() -> None:
     buckets = abccl.buckets.GradientBuckets([parameter], abccl.init(timeout=20), compress="int8" if size == 2 else None)
     parameter.sum().backward()
     buckets.finish()
-    dist.barrier(torch_ranks.Groups.gloo)  # all have finished, before the first learns of the loss and tells the others
+    dist.barrier(Groups.gloo)  # all have finished, before the first learns of the loss and tells the others
     if rank == size - 1:
         buckets.close()
     else:
@@ -374,7 +372,7 @@ def a_peer_that_leaves() -> None:
         with pytest.raises(abccl.CollectiveError):
             buckets.finish()
         buckets.close()
-    dist.barrier(torch_ranks.Groups.gloo)
+    dist.barrier(Groups.gloo)
 
 
 # ---- DistributedDataParallel
@@ -398,19 +396,19 @@ def ddp_losses(state: Any, group: Any, use_hook: bool) -> list[float]:
 @check
 def hook_of_ddp() -> None:
     state = abccl.buckets.HookState
-    wanted = ddp_losses(None, torch_ranks.Groups.gloo, False)
+    wanted = ddp_losses(None, Groups.gloo, False)
     for make, tolerance in (
         (None, 1e-6),
-        (torch_ranks.Groups.world, 1e-6),
+        (Groups.world, 1e-6),
         (lambda: state(), 1e-6),
         (lambda: state(abccl.init()), 1e-6),
         (lambda: state(compress="bf16"), 1e-2),
         (lambda: state(compress="fp16"), 2e-3),
         (lambda: state(compress="int8"), 2e-2),
     ):
-        assert ddp_losses(make, torch_ranks.Groups.world, True) == pytest.approx(wanted, rel=tolerance)
+        assert ddp_losses(make, Groups.world, True) == pytest.approx(wanted, rel=tolerance)
     with pytest.raises(abccl.ArgumentError, match="abccl's groups"):
-        state(torch_ranks.Groups.gloo)
+        state(Groups.gloo)
     with pytest.raises(abccl.ArgumentError, match="compress"):
         state(compress="int4")
 
@@ -419,7 +417,7 @@ def hook_of_ddp() -> None:
 def test_buckets(name: str, ranks: int) -> None:
     if ranks < 2:
         pytest.skip("wants two ranks")
-    torch_ranks.returned(torch_ranks.outcomes("test_buckets", ranks, abccl="CHECKS")["abccl"][name])
+    returned(outcomes("test_buckets", ranks, abccl="CHECKS")["abccl"][name])
 
 
 def test_public_names() -> None:

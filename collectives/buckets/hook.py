@@ -45,7 +45,7 @@ class HookState:
         if known is None or known[0] != shapes:
             known = self._buckets[bucket.index()] = (shapes, self._averages.make(flat.numel(), flat.dtype))
         work = GroupWork([known[1].all_reduce(flat)], [flat], None, self._completion)
-        value: Any = work.get_future().then(_first)
+        value: torch.futures.Future[Tensor] = work.get_future().then(_first)
         return value
 
 
@@ -59,7 +59,8 @@ def hook(
         state: a HookState; or a group, the default one if None, of which one is made at the first call (collective).
     """
     kept = state if isinstance(state, HookState) else _state_of(state)
-    return kept.start(bucket)
+    average: torch.futures.Future[Tensor] = kept.start(bucket)
+    return average
 
 
 _states: "weakref.WeakKeyDictionary[Communicator, HookState]" = weakref.WeakKeyDictionary()
