@@ -15,6 +15,8 @@ from torch_checks import numbers
 from torch_ranks import Checks, Groups, a_group, dist, here, raises, torch
 
 import abccl
+from abccl.algorithms import Collective
+from abccl.collectives.choice import choose
 
 CHECKS = Checks()
 check = CHECKS.add
@@ -253,3 +255,32 @@ def changed_timeouts() -> None:
         dist.barrier(Groups.gloo)
         dist.all_reduce(x, group=group)
     assert x[0] == dist.get_world_size()
+
+
+# ---- torch.profiler
+
+
+@check
+def names_in_the_profiler() -> None:
+    _, size = here()
+
+    def recorded(call: Callable[[], Any]) -> list[str]:
+        # acc_events: or torch warns that it forgets.
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            call()
+        return [event.name for event in profile.events() if event.name.startswith("abccl:")]
+
+    small, large = torch.ones(4), torch.ones(1 << 20)
+    assert recorded(lambda: dist.all_reduce(small)) == [
+        f"abccl:all_reduce({choose(Collective.ALL_REDUCE, size, 16).name})"
+    ]
+    assert recorded(lambda: dist.all_reduce(large)) == ["abccl:all_reduce(two_shot)"]
+    assert recorded(lambda: dist.all_reduce(large, async_op=True).wait()) == ["abccl:all_reduce(two_shot)"]
+    wholes = [torch.empty(4) for _ in range(size)]
+    assert recorded(lambda: (dist.all_gather(wholes, small), dist.broadcast(small, 0), dist.barrier())) == [
+        "abccl:all_gather(direct)",
+        "abccl:broadcast(direct)",
+        "abccl:barrier(recursive_doubling)",
+    ]
+    dist.all_reduce(small)
+    assert recorded(lambda: None) == []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import Communicator
 from .futures import Completion, join_completions
-from .profiling import Observer
+from .profiling import profiling, record
 
 # Without types: torch's stubs give most methods as overloads, and subclasses take them all in one signature.
 _ProcessGroup: Any = dist.ProcessGroup
@@ -58,7 +58,7 @@ class Group(_ProcessGroup):  # type: ignore[misc]
         self._sequence = 0
         self._timeout_lock = threading.Lock()
         self._completion = Completion(f"abccl futures of rank {communicator.rank}")
-        self._observer = Observer(communicator)
+        self._recorded = False
         self._backend = _Backend(self)
         _open.add(self)
 
@@ -132,6 +132,11 @@ class Group(_ProcessGroup):  # type: ignore[misc]
 
     def _has_hooks(self) -> bool:
         return False
+
+    def _record(self) -> None:
+        """Start or stop to tell torch's profiler of collectives, as it has started or stopped."""
+        self._recorded = profiling()
+        self._communicator.observe(record if self._recorded else None)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """How long operations that start from now on wait for their peers."""

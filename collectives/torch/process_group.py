@@ -36,11 +36,15 @@ from .options import (
     with_root,
     with_timeout,
 )
+from .profiling import profiling
 from .sparse import sum_sparse
 
 # Bytes up to which a message is waited for in the caller's thread: a third of the time for 4 bytes (9 us for two, 27
 # by the progress thread), and several times longer for a megabyte.
 _SHORT = 4096
+
+
+_AllreduceOptions = c10d.AllreduceOptions
 
 
 def create(options: Any) -> ProcessGroup:
@@ -70,11 +74,12 @@ class ProcessGroup(Group):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, *, op: Any = None) -> Any:
         """Each tensor becomes the reduction of all ranks' tensors."""
-        if opts.__class__ is c10d.AllreduceOptions and len(tensors) == 1 and not opts.asyncOp:
+        if opts.__class__ is _AllreduceOptions and len(tensors) == 1 and not opts.asyncOp:
             # The fastest way; what it does not take comes out of it with nothing sent.
             operator = OPERATORS.get(hash(opts.reduceOp))
             if operator is not None and opts.timeout == UNSET:
-                self._observer.look()
+                if profiling() is not self._recorded:
+                    self._record()
                 try:
                     self._communicator.all_reduce(tensors[0], operator)
                     self._sequence += 1
@@ -393,7 +398,8 @@ class ProcessGroup(Group):
             start: starts the operations, and waits for them if its argument is false.
         """
         self._sequence += 1
-        self._observer.look()
+        if profiling() is not self._recorded:
+            self._record()
         try:
             if opts.timeout != UNSET:
                 parts = self._start_within(opts.timeout.total_seconds(), start)
