@@ -14,8 +14,10 @@ The text is the reference that Python's own `help()` prints, and the licences th
     int8       GradientBuckets, gradients as 8-bit integers with error feedback
     fsdp2      torch's fully_shard over abccl
 
-All start from the same weights and see the same batches, so all but int8 must come to the same loss. `exposed` is what
-a step waited for communication that nothing hid, where the way can tell.
+All start from the same weights and see the same batches, so all but int8 must come to the same loss. Where the way can
+tell: `alone` is what its reductions would take with nothing else going on, `flight` how long they were under way, and
+`exposed` what a step waited for. With fewer cores than the ranks' threads and one more for each rank, communication
+that runs beside backward takes its core, and there is nothing to win.
 """
 
 import argparse
@@ -170,7 +172,7 @@ def train(name: str, text: Tensor, gloo: dist.ProcessGroup, options: argparse.Na
     tail = times[len(times) // 3 :]
     result = {"way": name, "losses": losses, "step": median(tail), "characters": options.batch * size * options.context}
     if report is not None:
-        result |= {"exposed": report.exposed, "hidden": report.hidden, "communication": report.communication}
+        result |= {"communication": report.communication, "in_flight": report.in_flight, "exposed": report.exposed}
         if rank == 0 and options.reports:
             print(f"\n{name}\n{report}")
     if rank == 0 and options.write and name != "fsdp2":
@@ -179,9 +181,11 @@ def train(name: str, text: Tensor, gloo: dist.ProcessGroup, options: argparse.Na
 
 
 def table(results: list[dict]) -> str:
-    lines = [f"{'way':10} {'loss':>8} {'ms/step':>9} {'chars/s':>9} {'comm ms':>9} {'hidden ms':>9} {'exposed ms':>10}"]
+    lines = [
+        f"{'way':10} {'loss':>8} {'ms/step':>9} {'chars/s':>9} {'alone ms':>9} {'flight ms':>9} {'exposed ms':>10}"
+    ]
     for result in results:
-        cells = [f"{1e3 * result[key]:9.2f}" if key in result else f"{'':9}" for key in ("communication", "hidden")]
+        cells = [f"{1e3 * result[key]:9.2f}" if key in result else f"{'':9}" for key in ("communication", "in_flight")]
         exposed = f"{1e3 * result['exposed']:10.2f}" if "exposed" in result else ""
         speed = result["characters"] / result["step"]
         lines.append(

@@ -91,6 +91,10 @@ def test_exposed_is_what_is_left_after_backward() -> None:
     assert best_bytes(layouts, 4 << 20, ready, slow) == 4 << 20
     held = AlphaBeta(0.0, 0.0, launch=0.5)
     assert exposed(layouts(1), ready, held) == 2.0  # every start holds backward up
+    # Where reductions run on backward's cores nothing is hidden, and only their starts can be saved.
+    sharing = AlphaBeta(0.25, 0.25 / (1 << 20), shares=True)
+    assert exposed(layouts(1), ready, sharing) == 2.0
+    assert best_bytes(layouts, 4 << 20, ready, sharing) == 4 << 20
 
 
 # ---- 8-bit integers

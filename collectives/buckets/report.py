@@ -52,7 +52,8 @@ class Report:
         iterations: how many.
         buckets: in the order in which they are sent.
         backward: from the first gradient to the call of `finish`.
-        communication: all reductions, added up.
+        communication: what the reductions would take alone, by the model, added up.
+        in_flight: how long they were under way, added up: waiting for other ranks, and for a core, included.
         exposed: what training waited for: in `finish`, and with `partition` in forward.
         hidden: the communication less what was exposed, never below 0.
         model: alpha and beta as they were measured for these ranks.
@@ -64,6 +65,7 @@ class Report:
     buckets: list[BucketReport]
     backward: float
     communication: float
+    in_flight: float
     exposed: float
     hidden: float
     model: AlphaBeta
@@ -76,10 +78,11 @@ class Report:
             lines.append(f"{number:6} {bucket.nbytes / 1024:9.1f} {bucket.parameters:9} {times}")
         share = self.hidden / self.communication if self.communication else 0.0
         lines += [
-            f"backward {self.backward * 1e3:.3f} ms, communication {self.communication * 1e3:.3f} ms, of which hidden "
-            f"{self.hidden * 1e3:.3f} ms ({share:.0%}); exposed {self.exposed * 1e3:.3f} ms "
-            f"(medians of {self.iterations} iterations)",
-            f"a reduction takes {self.model.alpha * 1e6:.1f} us and {self.model.beta * 1e12:.1f} us/MB",
+            f"backward {self.backward * 1e3:.3f} ms; communication {self.communication * 1e3:.3f} ms if it were alone, "
+            f"{self.in_flight * 1e3:.3f} ms in flight; hidden {self.hidden * 1e3:.3f} ms ({share:.0%}), exposed "
+            f"{self.exposed * 1e3:.3f} ms (medians of {self.iterations} iterations)",
+            f"a reduction takes {self.model.alpha * 1e6:.1f} us and {self.model.beta * 1e12:.1f} us/MB"
+            + ", on the cores that backward runs on" * self.model.shares,
             "predicted exposed: "
             + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in self.predicted.items()),
         ]
@@ -108,15 +111,16 @@ def summarise(
         )
         for k, layout in enumerate(layouts)
     ]
-    communication = [sum(end - start for start, end in each.runs) for each in iterations]
-    exposed = [each.finished - each.called + each.waited for each in iterations]
+    communication = sum(model.seconds(layout.nbytes) for layout in layouts)
+    exposed = median(each.finished - each.called + each.waited for each in iterations)
     return Report(
         len(iterations),
         buckets,
         median(each.called - each.first for each in iterations),
-        median(communication),
-        median(exposed),
-        median(max(0.0, c - e) for c, e in zip(communication, exposed)),
+        communication,
+        median(sum(end - start for start, end in each.runs) for each in iterations),
+        exposed,
+        max(0.0, communication - exposed),
         model,
         predicted,
     )

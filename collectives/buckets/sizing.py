@@ -7,9 +7,10 @@ remains: the time from the end of backward to the end of the last reduction.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -22,16 +23,24 @@ SMALLEST = 64 << 10
 """Bytes of the smallest buckets that are considered."""
 
 _LARGEST_SAMPLE = 8 << 20
-_SAMPLES = 5
+# A plan of long messages tries its ways of moving them in its first runs: they do not count.
+_WARM_UP, _SAMPLES = 16, 9
 
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """One reduction takes `alpha + bytes * beta` seconds, and its start keeps backward for `launch` seconds."""
+    """One reduction takes `alpha + bytes * beta` seconds.
+
+    Attributes:
+        launch: the seconds for which its start holds backward up.
+        shares: whether it runs on backward's cores, and holds backward up as long as it takes: there are not enough
+            for the ranks' threads and one more for each rank.
+    """
 
     alpha: float
     beta: float
     launch: float = 0.0
+    shares: bool = False
 
     def seconds(self, nbytes: float) -> float:
         """Of one reduction of a bucket of so many bytes."""
@@ -39,7 +48,7 @@ class AlphaBeta:
 
     def half(self) -> AlphaBeta:
         """A reduce_scatter, or an all_gather, of which an all_reduce takes two."""
-        return AlphaBeta(self.alpha / 2, self.beta / 2, self.launch)
+        return replace(self, alpha=self.alpha / 2, beta=self.beta / 2)
 
 
 def fit(nbytes: Sequence[float], seconds: Sequence[float], launch: float = 0.0) -> AlphaBeta:
@@ -61,11 +70,13 @@ def exposed(layouts: Sequence[Layout], ready: Sequence[float], model: AlphaBeta)
     """
     end = delay = sent = 0.0
     for layout in layouts:
-        # A bucket does not overtake another, and each start has held backward up.
+        # A bucket does not overtake another, and those before it have held backward up.
         sent = max(sent, max(ready[piece.parameter] for piece in layout.pieces) + delay)
-        delay += model.launch
-        end = max(end, sent + model.launch) + model.seconds(layout.nbytes)
-    return max(end - max(ready, default=0.0), 0.0)
+        seconds = model.seconds(layout.nbytes)
+        delay += model.launch + seconds * model.shares
+        end = max(end, sent + model.launch) + seconds
+    last = max(ready, default=0.0)
+    return max(end, last + delay) - last
 
 
 def best_bytes(lay_out: Callable[[int], list[Layout]], total: int, ready: Sequence[float], model: AlphaBeta) -> int:
@@ -82,7 +93,7 @@ def best_bytes(lay_out: Callable[[int], list[Layout]], total: int, ready: Sequen
 
 
 def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
-    """Measure all_reduces of up to `total` bytes; collective, and the same on all ranks. A few milliseconds."""
+    """Measure all_reduces of up to `total` bytes; collective, and the same on all ranks. Tens of milliseconds."""
     largest = min(max(total, SMALLEST), _LARGEST_SAMPLE)
     nbytes, seconds, launches = [], [], []
     for size in sorted({SMALLEST, max(SMALLEST, largest // 8), largest}):
@@ -90,7 +101,7 @@ def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
         flat = averages.comm.empty(count, dtype).zero_()
         average = averages.make(count, dtype)
         times = []
-        for _ in range(_SAMPLES):
+        for _ in range(_WARM_UP + _SAMPLES):
             averages.comm.barrier()
             begin = time.monotonic()
             pending = average.all_reduce(flat)
@@ -98,9 +109,11 @@ def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
             pending.wait()
             times.append((time.monotonic() - begin, launched - begin))
         nbytes.append(count * dtype.itemsize)
-        seconds.append(median(whole for whole, _ in times[1:]))
-        launches.append(median(launch for _, launch in times[1:]))
+        seconds.append(median(whole for whole, _ in times[_WARM_UP:]))
+        launches.append(median(launch for _, launch in times[_WARM_UP:]))
     model = fit(nbytes, seconds, min(launches))
     agreed = np.array([model.alpha, model.beta, model.launch])
     averages.comm.broadcast(agreed)
-    return AlphaBeta(*agreed.tolist())
+    cores = np.array([len(os.sched_getaffinity(0)) - averages.comm.size * (torch.get_num_threads() + 1)])
+    averages.comm.all_reduce(cores, "min")
+    return AlphaBeta(*agreed.tolist(), shares=bool(cores[0] < 0))
