@@ -109,7 +109,10 @@ def partitioned_trains_as_one_process() -> None:
             whole = sum(parameter.numel() for parameter in model.parameters())
             # Two moments with AdamW and one with SGD, of this rank's part, and padding.
             assert held < (2 if kind is torch.optim.AdamW else 1) * (whole / size + 5 * 256)
-            weights = model.state_dict()  # waits until they are whole
+            loaded = {name: value.clone() for name, value in model.state_dict().items()}  # waits until they are whole
+            stepper.step()
+            model.load_state_dict(loaded)  # waits for the gathers that the step began
+            weights = model.state_dict()
             reference_model = alone(5, reference, most=0.05)
             for name, value in reference_model.state_dict().items():
                 torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
@@ -349,6 +352,11 @@ def bad_use() -> None:
         with pytest.raises(wrong, match="no_sync"):
             parameter.sum().backward()
         buckets.finish()
+    with make(model := net(), comm, partition=True) as buckets:
+        stepper = buckets.optimizer(torch.optim.SGD, lr=0.1)
+        model.double()
+        with pytest.raises(wrong, match="left its bucket"):
+            stepper.step()
     embedding = nn.Embedding(5, 3, sparse=True)
     with make(embedding, comm), pytest.raises(wrong, match="sparse"):
         embedding(torch.tensor([1])).sum().backward()

@@ -229,8 +229,8 @@ class Averages:
         self._thread = ThreadPoolExecutor(1, f"abccl buckets of rank {comm.rank}") if compress == "int8" else None
 
     def make(self, count: int, dtype: torch.dtype) -> Average:
-        """For a bucket. Complex numbers, and what is no wider than the compressed type, go as they are."""
-        if self.compress is None or dtype.is_complex or dtype.itemsize <= 1:
+        """For a bucket. Complex numbers, what is no wider than the compressed type, and one rank's go as they are."""
+        if self.compress is None or self.comm.size == 1 or dtype.is_complex or dtype.itemsize <= 1:
             return Exact(self.comm, count, dtype)
         if self._thread is not None:
             return Quantized(self.comm, count, dtype, self._thread)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ class Partition:
             own = [numbers[id(p)] for p in part.parameters(recurse=False) if id(p) in numbers]
             if own or part is module:
                 hooks.append(part.register_forward_pre_hook(partial(self._before_use, own)))
-        register: Any = module.register_state_dict_pre_hook
-        hooks.append(register(lambda *_: self.wait()))
+        for register in (module.register_state_dict_pre_hook, module.register_load_state_dict_pre_hook):
+            hooks.append(cast(Any, register)(lambda *_: self.wait()))
         return hooks
 
     def _before_use(self, own: Sequence[int], *_: Any) -> None:
@@ -117,9 +117,21 @@ class Partition:
     def gather(self) -> None:
         """Start to gather all parts, first those that backward brought last: forward uses them first."""
         self.wait()
+        self._check_places()
         for number in reversed(range(len(self._values))):
             flat = self._values[number]
             self._pending[number] = self._comm.all_gather(flat, self.own(flat), async_op=True)
+
+    def _check_places(self) -> None:
+        """Refuse parameters that have been given other memory: an optimizer of shards does not see them."""
+        for flat, layout in zip(self._values, self._layouts):
+            for piece in layout.pieces:
+                parameter = self._parameters[piece.parameter]
+                if piece.count and parameter.data_ptr() != flat.data_ptr() + piece.offset * layout.dtype.itemsize:
+                    raise ArgumentError(
+                        f"parameter {piece.parameter} of shape {tuple(parameter.shape)} has left its bucket: move or "
+                        "convert the model before GradientBuckets(model, ...), not after"
+                    )
 
     def wait(self, buckets: Iterable[int] | None = None) -> None:
         """Wait until the parameters of these buckets are whole; of all if None."""

@@ -116,4 +116,5 @@ def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
     averages.comm.broadcast(agreed)
     cores = np.array([len(os.sched_getaffinity(0)) - averages.comm.size * (torch.get_num_threads() + 1)])
     averages.comm.all_reduce(cores, "min")
-    return AlphaBeta(*agreed.tolist(), shares=bool(cores[0] < 0))
+    alpha, beta, launch = agreed.tolist()
+    return AlphaBeta(alpha, beta, launch, bool(cores[0] < 0))
