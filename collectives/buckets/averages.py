@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, DeadlineExceeded
+from ..binding import premul_sum
 from ..communicator import Communicator
 from .quantize import BLOCK, dequantize, packed_bytes, quantize
 
@@ -80,15 +82,32 @@ class Average(ABC):
 
 
 class Exact(Average):
-    """In the bucket's own type. 2 (size - 1)/size of its bytes per rank, half of that to reduce-scatter."""
+    """In the bucket's own type. 2 (size - 1)/size of its bytes per rank, half of that to reduce-scatter.
+
+    Args:
+        thread: where the collectives run, in line with those of 8-bit buckets; None for the native progress thread.
+    """
+
+    def __init__(
+        self, comm: Communicator, count: int, dtype: torch.dtype, thread: ThreadPoolExecutor | None = None
+    ) -> None:
+        super().__init__(comm, count, dtype)
+        self._thread = thread
+        # A sum of halves overflows sooner than their average.
+        self._op: Any = premul_sum(1 / comm.size) if dtype == torch.float16 else "avg"
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """See `Average`."""
-        return Pending(self.comm.all_reduce(flat, "avg", async_op=True))
+        return self._start(partial(self.comm.all_reduce, flat, self._op))
 
     def reduce_scatter(self, flat: Tensor) -> Pending:
         """See `Average`."""
-        return Pending(self.comm.reduce_scatter(self.own(flat), flat, "avg", async_op=True))
+        return self._start(partial(self.comm.reduce_scatter, self.own(flat), flat, self._op))
+
+    def _start(self, collective: Callable[..., Any]) -> Pending:
+        if self._thread is not None:
+            return Pending(Submitted(self._thread, collective))
+        return Pending(collective(async_op=True))
 
 
 class Halved(Average):
@@ -116,11 +135,11 @@ class Quantized(Average):
     Every rank quantises its bucket and sends each rank its part (all_to_all); who gets them dequantises and folds them
     in float32, in the order of the ranks; to all-reduce, it quantises its part of the average and all_gathers it.
 
-    Error feedback: what is rounded off stays and is added to the next gradient, so over many steps nothing is lost.
+    Error feedback: what is rounded off stays, and is added to the next gradient.
 
-    Error of one element: at most M / 127, where M is the mean over the ranks of the largest magnitude, residual
-    included, of its block (M / 254 by each of the two roundings). The average over n steps is off by at most M / 127 /
-    n.
+    Error: let M be the largest magnitude of an element's block, with what was kept: its mean over the ranks, or that of
+    their average if it is larger. Each of the two roundings keeps M / 254 at most. So the sum over all steps is off by
+    M / 127 of the last step, and one step by M / 127 of its own and of the one before. (Up to float32's own rounding.)
     """
 
     def __init__(self, comm: Communicator, count: int, dtype: torch.dtype, thread: ThreadPoolExecutor) -> None:
@@ -231,7 +250,7 @@ class Averages:
     def make(self, count: int, dtype: torch.dtype) -> Average:
         """For a bucket. Complex numbers, what is no wider than the compressed type, and one rank's go as they are."""
         if self.compress is None or self.comm.size == 1 or dtype.is_complex or dtype.itemsize <= 1:
-            return Exact(self.comm, count, dtype)
+            return Exact(self.comm, count, dtype, self._thread)
         if self._thread is not None:
             return Quantized(self.comm, count, dtype, self._thread)
         half = HALVES[self.compress]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ..communicator import Communicator
+from ..torch.process_group import communicator_of
+from .agreement import agree, take_from_root, wanting_gradients
 from .averages import Average, Averages, Pending
 from .layout import Layout, lay_out
 from .partition import Partition
@@ -73,7 +75,7 @@ class GradientBuckets:
 
     Args:
         params: the parameters, or the module that has them. Those that want no gradient are left out.
-        comm: the ranks; the buckets get a communicator of their own.
+        comm: the ranks, or a process group of backend "abccl"; the buckets get a communicator of their own.
         bucket_bytes: a bucket ends with the gradient that brings it to so many bytes; "auto" measures, and takes what
             leaves the least communication exposed.
         compress: None; "bf16" or "fp16", half the bytes; "int8", a quarter, with error feedback (see `Quantized`).
@@ -90,40 +92,51 @@ class GradientBuckets:
     def __init__(
         self,
         params: Iterable[nn.Parameter] | nn.Module,
-        comm: Communicator,
+        comm: Communicator | dist.ProcessGroup,
         bucket_bytes: int | Literal["auto"] = "auto",
         compress: str | None = None,
         *,
         partition: bool = False,
         overlap: bool = True,
     ) -> None:
-        module = params if isinstance(params, nn.Module) else None
-        self._parameters = _checked(params.parameters() if isinstance(params, nn.Module) else params)
-        if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
-            raise ArgumentError(f'bucket_bytes must be a positive number or "auto", and is {bucket_bytes!r}')
-        if partition and module is None:
-            raise ArgumentError("partition wants the module, to know when its parameters are used: pass model")
-        own = comm.split(0, comm.rank)
+        parent = communicator_of(comm)
+        own = parent.split(0, parent.rank)
         assert own is not None
-        self._averages, self._comm = Averages(own, compress), own
+        self._comm = own
+        module = params if isinstance(params, nn.Module) else None
+        shared = [*module.parameters(), *module.buffers()] if module is not None else []
+        problem = None
+        try:
+            self._parameters = wanting_gradients(params.parameters() if isinstance(params, nn.Module) else params)
+            self._averages = Averages(own, compress)
+            if bucket_bytes != "auto" and (type(bucket_bytes) is not int or bucket_bytes < 1):
+                raise ArgumentError(f'bucket_bytes must be a positive number or "auto", and is {bucket_bytes!r}')
+            if partition and module is None:
+                raise ArgumentError("partition wants the module, to know when its parameters are used: pass model")
+        except ArgumentError as error:
+            problem = error
+        agree(own, [] if problem else shared or self._parameters, problem)
+        take_from_root(own, shared or self._parameters)
         self._asked, self._overlap = bucket_bytes, overlap
         self._counts = [parameter.numel() for parameter in self._parameters]
         self._dtypes = [parameter.dtype for parameter in self._parameters]
-        _agree(own, self._parameters)
-        _take_from_root(own, [*self._parameters, *(module.buffers() if module is not None else ())])
         # Decided by rank 0: the order in which gradients come, the model of a reduction, and the buckets' size.
         self._order = list(reversed(range(len(self._parameters))))
         self._model = AlphaBeta(0.0, 0.0)
         self._bytes = SMALLEST if bucket_bytes == "auto" else bucket_bytes
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
-        self._settled, self._syncing = False, True
+        self._settled, self._resized, self._syncing = False, False, True
+        self._ever_used: set[int] = set()
         self._backward = _Backward()
         self._iterations: deque[Iteration] = deque(maxlen=_REPORTED)
         self._partition = Partition(module, self._parameters, own) if partition and module is not None else None
         if self._partition is not None:
             self._build()
         self._hooks: list[Any] = []
+        if module is not None:
+            on_load: Any = module.register_load_state_dict_pre_hook
+            self._hooks.append(on_load(_refuse_assignment))
         for number, parameter in enumerate(self._parameters):
             register: Any = parameter.register_post_accumulate_grad_hook
             self._hooks.append(register(partial(self._arrive, number)))
@@ -132,6 +145,8 @@ class GradientBuckets:
 
     def finish(self) -> None:
         """Send what is not sent yet, and wait for all: behind backward, before the optimizer."""
+        if self._partition is not None and not self._partition.has_optimizer:
+            raise ArgumentError("partition: no optimizer updates this rank's part: make one by buckets.optimizer(...)")
         called, backward, watched_only = time.monotonic(), self._backward, not self._settled
         with torch.no_grad():
             if watched_only:
@@ -147,7 +162,8 @@ class GradientBuckets:
         self._backward = _Backward()
         for bucket in self._buckets:
             bucket.missing = len(bucket.views)
-        if self._asked == "auto" and self._partition is None and len(self._iterations) == _WATCHED:
+        if not self._resized and len(self._iterations) == _WATCHED:
+            self._resized = True
             self._resize()
 
     @contextmanager
@@ -190,21 +206,23 @@ class GradientBuckets:
         if not self._iterations:
             raise ArgumentError("report: no iteration with these buckets yet: train a few steps first")
         layouts, ready = [bucket.layout for bucket in self._buckets], self._typical()
-        half, first_used = self._model.half(), self._buckets[-1].layout.nbytes
+        half, total = self._model.half(), sum(layout.nbytes for layout in layouts)
+        # Forward uses the last bucket first; the other gathers hide behind it, unless they take its cores.
+        gathered = total if self._model.shares else layouts[-1].nbytes
         predicted = {
-            "after": self._model.seconds(sum(layout.nbytes for layout in layouts)),
+            "after": self._model.seconds(total),
             "overlapped": exposed(layouts, ready, self._model),
-            "partition": exposed(layouts, ready, half) + half.seconds(first_used),
+            "partition": exposed(layouts, ready, half) + half.seconds(gathered),
         }
         return summarise(list(self._iterations), layouts, self._model, predicted)
 
     def close(self) -> None:
-        """Take the hooks off and give everything back. Gradients stay where they are."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._partition is not None:
-            self._partition.close()
-        self._averages.close()
+        """Take the hooks off, make partitioned parameters whole, give everything back. Gradients stay."""
+        self._let_go()
+        try:
+            self.gathered()
+        finally:
+            self._averages.close()
 
     def __enter__(self) -> GradientBuckets:
         return self
@@ -212,25 +230,37 @@ class GradientBuckets:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:  # peers may never come, and the error that is under way says more
+            self._let_go()
+            self._averages.close()
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._partition is not None:
+            self._partition.let_go()
 
     # ---- while gradients come
 
     def _arrive(self, number: int, parameter: nn.Parameter) -> None:
-        if not self._syncing:
-            return
         backward = self._backward
         if number in backward.arrived:
             raise ArgumentError(
                 f"parameter {number} of shape {tuple(parameter.shape)} got a second gradient before finish(): call "
-                "finish() after each backward, or go through no_sync() for all backwards but the last"
+                "finish() after each backward, also after one that is dropped; go through no_sync() for all backwards "
+                "before the last; checkpoint with use_reentrant=False"
             )
-        assert parameter.grad is not None
-        if parameter.grad.layout != torch.strided:
+        gradient, wanted = parameter.grad, self._dtypes[number]
+        if gradient is None or gradient.layout != torch.strided or gradient.dtype != wanted:
+            found = "none" if gradient is None else f"one of {gradient.dtype}, {gradient.layout}"
             raise ArgumentError(
-                f"parameter {number} of shape {tuple(parameter.shape)} has a gradient of layout "
-                f"{parameter.grad.layout}: make it dense (sparse=False), or all_reduce it through torch.distributed"
+                f"parameter {number} of shape {tuple(parameter.shape)} wants a gradient of {wanted}, torch.strided and "
+                f"has {found}: convert a model before its buckets are made, make gradients dense (sparse=False)"
             )
+        if not self._syncing:
+            return
         backward.arrived[number] = time.monotonic()
         if not self._settled:
             return
@@ -268,13 +298,17 @@ class GradientBuckets:
     def _hand_out(self) -> None:
         """Give the averages to who uses them."""
         if self._partition is not None:
-            for shard, bucket in zip(self._partition.shards, self._buckets):
-                shard.grad = bucket.average.own(bucket.flat)
+            self._partition.hand_out([bucket.average.own(bucket.flat) for bucket in self._buckets])
             return
         used = torch.zeros(len(self._parameters), dtype=torch.uint8)
         used[list(self._backward.used)] = 1
         self._comm.all_reduce(used, "max")
-        for number in used.nonzero().flatten().tolist():
+        handed = set(used.nonzero().flatten().tolist())
+        if self._averages.compress == "int8":
+            # What was kept of earlier gradients has been sent: nobody's gradient may be somebody's still.
+            self._ever_used |= handed
+            handed = self._ever_used
+        for number in handed:
             parameter = self._parameters[number]
             if parameter.grad is None:
                 parameter.grad = self._bucket_of[number].views[number]
@@ -283,9 +317,9 @@ class GradientBuckets:
         arrived = self._backward.arrived
         first = min(arrived.values(), default=called)
         times = [arrived.get(number, called) - first for number in range(len(self._parameters))]
-        waited = self._partition.take_waited() if self._partition is not None else 0.0
+        waited, gathers = self._partition.take_times() if self._partition is not None else (0.0, [])
         ready = [bucket.ready for bucket in self._buckets]
-        self._iterations.append(Iteration(first, times, ready, called, runs, time.monotonic(), waited))
+        self._iterations.append(Iteration(first, times, ready, called, runs, gathers, time.monotonic(), waited))
 
     # ---- how buckets are made
 
@@ -306,6 +340,9 @@ class GradientBuckets:
         self._settled = True
 
     def _resize(self) -> None:
+        """Look at the size once more, now that backward is warm; an optimizer of shards has state by now."""
+        if self._asked != "auto" or self._partition is not None:
+            return
         before = self._bytes
         self._decide(self._typical())
         if self._bytes != before:
@@ -347,40 +384,11 @@ class GradientBuckets:
         self._iterations.clear()
 
 
-def _checked(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters that want gradients, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for parameter in params:
-        if not isinstance(parameter, nn.Parameter):
-            raise ArgumentError(f"params must be parameters, or a module, and has a {type(parameter).__name__}")
-        if parameter.device.type != "cpu":
-            raise ArgumentError(
-                f"a parameter is on {parameter.device}, and abccl serves CPU tensors so far: use DDP over NCCL there"
-            )
-        if parameter.requires_grad:
-            found[id(parameter)] = parameter
-    if not found:
-        raise ArgumentError("params has no parameter that wants a gradient")
-    return list(found.values())
-
-
-def _agree(comm: Communicator, parameters: Sequence[nn.Parameter]) -> None:
-    """Raise on all ranks if one has other parameters."""
-    text = repr([(tuple(parameter.shape), str(parameter.dtype)) for parameter in parameters])
-    everyone = np.empty((comm.size, 2), dtype=np.int64)
-    comm.all_gather(everyone, np.array([len(parameters), zlib.crc32(text.encode())], dtype=np.int64))
-    other = next((rank for rank in range(comm.size) if tuple(everyone[rank]) != tuple(everyone[0])), None)
-    if other is not None:
+def _refuse_assignment(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    if local_metadata.get("assign_to_params_buffers"):
         raise ArgumentError(
-            f"rank {other} has other parameters than rank 0 ({everyone[other][0]} and {everyone[0][0]} of them): make "
-            "the same model on all ranks"
+            "load_state_dict(assign=True) gives the model other parameters than those in the buckets: load before "
+            "GradientBuckets(model, ...), or without assign"
         )
-
-
-def _take_from_root(comm: Communicator, tensors: Iterable[Tensor]) -> None:
-    """Make the tensors rank 0's."""
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        comm.broadcast(flat)
-        if flat.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))

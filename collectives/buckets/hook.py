@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
 
+import atexit
 import weakref
 from typing import Any
 
@@ -9,15 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...errors import ArgumentError
 from ..communicator import Communicator
 from ..torch.futures import Completion, GroupWork
-from ..torch.process_group import ProcessGroup
+from ..torch.process_group import communicator_of
 from .averages import Average, Averages
 
 
 class HookState:
-    """What the hook keeps from step to step, one for each model.
+    """What the hook keeps from step to step, one for each model. Making it is collective: it splits the group.
 
     Args:
         group: whose ranks average: a process group of backend "abccl", or a communicator; the default group if None.
@@ -28,13 +28,24 @@ class HookState:
     """
 
     def __init__(self, group: Any = None, compress: str | None = None) -> None:
-        communicator = _communicator(group)
+        communicator = communicator_of(dist.group.WORLD if group is None else group)
         # Of its own: DDP and the user make calls on theirs, in an order that has nothing to do with the buckets'.
         own = communicator.split(0, communicator.rank)
         assert own is not None
         self._averages = Averages(own, compress)
         self._buckets: dict[int, tuple[list[torch.Size], Average]] = {}
         self._completion = Completion(f"abccl bucket futures of rank {own.rank}")
+
+        _open.add(self)
+
+    def close(self) -> None:
+        """Give everything back; what is under way fails. Done at exit, and when nobody refers to the state."""
+        self._averages.close()
+        self._completion.stop()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_completion"):
+            self.close()
 
     def start(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start to average the bucket's gradients; the future's value is their flat tensor."""
@@ -55,6 +66,8 @@ def hook(
 ) -> torch.futures.Future[Tensor]:
     """Average a bucket of DistributedDataParallel over abccl: `model.register_comm_hook(state, abccl.buckets.hook)`.
 
+    Cost: that of the average in `averages`, in the background of backward.
+
     Args:
         state: a HookState; or a group, the default one if None, of which one is made at the first call (collective).
     """
@@ -63,28 +76,24 @@ def hook(
     return average
 
 
+_open: "weakref.WeakSet[HookState]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for state in list(_open):
+        state.close()
+
+
 _states: "weakref.WeakKeyDictionary[Communicator, HookState]" = weakref.WeakKeyDictionary()
 
 
 def _state_of(group: Any) -> HookState:
-    communicator = _communicator(group)
+    communicator = communicator_of(dist.group.WORLD if group is None else group)
     state = _states.get(communicator)
     if state is None:
         state = _states[communicator] = HookState(communicator)
     return state
-
-
-def _communicator(group: Any) -> Communicator:
-    if group is None:
-        group = dist.group.WORLD
-    if isinstance(group, Communicator):
-        return group
-    if isinstance(group, ProcessGroup):
-        return group._communicator
-    raise ArgumentError(
-        f"abccl.buckets.hook averages over abccl's groups, and got {group!r}: init_process_group('abccl'), or pass "
-        "HookState(abccl.init())"
-    )
 
 
 def _first(future: Any) -> Tensor:

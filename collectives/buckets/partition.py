@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ..communicator import Communicator
+from .hooks import ModuleHook
 from .layout import Layout
 
 
@@ -36,21 +37,22 @@ class Partition:
         # Parameters of modules whose forward has never run: if they are used at all, then by other modules.
         self._elsewhere = set(range(len(parameters)))
         self.shards: list[nn.Parameter] = []
-        self._waited = 0.0
+        self._waited, self._gathers = 0.0, list[tuple[float, float]]()
         self._hooks = self._watch(module)
 
     def _watch(self, module: nn.Module) -> list[Any]:
         numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
         hooks: list[Any] = []
+        wait: Any = ModuleHook(self.wait)
         for part in module.modules():
             own = [numbers[id(p)] for p in part.parameters(recurse=False) if id(p) in numbers]
             if own or part is module:
-                hooks.append(part.register_forward_pre_hook(partial(self._before_use, own)))
-        for register in (module.register_state_dict_pre_hook, module.register_load_state_dict_pre_hook):
-            hooks.append(cast(Any, register)(lambda *_: self.wait()))
+                hooks.append(part.register_forward_pre_hook(ModuleHook(partial(self._before_use, own))))
+            registers: list[Any] = [part.register_state_dict_pre_hook, part.register_load_state_dict_pre_hook]
+            hooks += [register(wait) for register in registers]
         return hooks
 
-    def _before_use(self, own: Sequence[int], *_: Any) -> None:
+    def _before_use(self, own: Sequence[int]) -> None:
         self._elsewhere.difference_update(own)
         if self._pending:
             started = time.monotonic()
@@ -84,26 +86,45 @@ class Partition:
         self._layouts = layouts
         return layouts
 
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether somebody updates the shards."""
+        return bool(self._optimizers)
+
     def optimizer(self, kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> torch.optim.Optimizer:
         """An optimizer of the shards; when it has made a step, the gathers begin."""
         optimizer = kind(self.shards, **options)
         if len(optimizer.param_groups) != 1:
             raise ArgumentError(f"partition: {kind.__name__} makes several parameter groups: one is wanted")
+        optimizer.register_step_pre_hook(lambda *_: self._check_places())
         optimizer.register_step_post_hook(lambda *_: self.gather())
         self._optimizers.append(optimizer)
         return optimizer
 
-    def take_waited(self) -> float:
-        """The seconds that forward has waited for parameters since this was called last."""
-        waited, self._waited = self._waited, 0.0
-        return waited
+    def hand_out(self, parts: Sequence[Tensor]) -> None:
+        """Give the shards their gradients.
+
+        What is not finite on one rank is so on all: a gradient scaler skips its step on all or on none.
+        """
+        largest = torch.tensor([float(torch.linalg.vector_norm(part, float("inf"))) for part in parts])
+        odd = torch.logical_not(torch.isfinite(largest)).any().view(1).to(torch.uint8)
+        self._comm.all_reduce(odd, "max")
+        for shard, part in zip(self.shards, parts):
+            shard.grad = part
+            if odd.item():
+                part[:1] = float("nan")
+
+    def take_times(self) -> tuple[float, list[tuple[float, float]]]:
+        """The seconds that forward has waited, and when gathers ran, since this was called last."""
+        times = self._waited, self._gathers
+        self._waited, self._gathers = 0.0, []
+        return times
 
     def clip_grad_norm_(self, most: float) -> Tensor:
         """Scale the shards' gradients so that the 2-norm of all ranks' is at most `most`; the norm before."""
         gradients = [shard.grad for shard in self.shards if shard.grad is not None]
-        square = torch.zeros(1, dtype=torch.float64)
-        for gradient in gradients:
-            square += gradient.double().square().sum()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        square = torch.stack([norm.double() for norm in norms]).square().sum().view(1)
         self._comm.all_reduce(square)
         norm = square.sqrt()[0]
         nn.utils.clip_grads_with_norm_(self.shards, most, norm)
@@ -117,7 +138,7 @@ class Partition:
     def gather(self) -> None:
         """Start to gather all parts, first those that backward brought last: forward uses them first."""
         self.wait()
-        self._check_places()
+        torch.autograd.graph.increment_version(self._parameters)  # what was saved of them is of the past
         for number in reversed(range(len(self._values))):
             flat = self._values[number]
             self._pending[number] = self._comm.all_gather(flat, self.own(flat), async_op=True)
@@ -139,9 +160,9 @@ class Partition:
             pending = self._pending.pop(number, None)
             if pending is not None:
                 pending.wait()
+                self._gathers.append(pending.times)
 
-    def close(self) -> None:
-        """Make the parameters whole and let go of the module."""
-        self.wait()
+    def let_go(self) -> None:
+        """Take the hooks off the module."""
         for hook in self._hooks:
             hook.remove()

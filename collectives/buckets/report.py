@@ -20,6 +20,7 @@ class Iteration:
         ready: when each bucket was full.
         called: when `finish` was called.
         runs: when each bucket's reduction was taken up and when it ended.
+        gathers: the same of the gathers in the forward before, with `partition`.
         finished: when `finish` returned.
         waited: how long forward had waited for parameters before, with `partition`.
     """
@@ -29,6 +30,7 @@ class Iteration:
     ready: list[float]
     called: float
     runs: list[tuple[float, float]]
+    gathers: list[tuple[float, float]]
     finished: float
     waited: float
 
@@ -53,7 +55,8 @@ class Report:
         buckets: in the order in which they are sent.
         backward: from the first gradient to the call of `finish`.
         communication: what the reductions would take alone, by the model, added up.
-        in_flight: how long they were under way, added up: waiting for other ranks, and for a core, included.
+        in_flight: how long they, and gathers, were under way, added up: waiting for other ranks, and for a core,
+            included.
         exposed: what training waited for: in `finish`, and with `partition` in forward.
         hidden: the communication less what was exposed, never below 0.
         model: alpha and beta as they were measured for these ranks.
@@ -118,7 +121,7 @@ def summarise(
         buckets,
         median(each.called - each.first for each in iterations),
         communication,
-        median(sum(end - start for start, end in each.runs) for each in iterations),
+        median(sum(end - start for start, end in each.runs + each.gathers) for each in iterations),
         exposed,
         max(0.0, communication - exposed),
         model,

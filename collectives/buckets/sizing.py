@@ -16,6 +16,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from ..communicator import Communicator
 from .averages import Averages
 from .layout import Layout
 
@@ -96,7 +97,7 @@ def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
     """Measure all_reduces of up to `total` bytes; collective, and the same on all ranks. Tens of milliseconds."""
     largest = min(max(total, SMALLEST), _LARGEST_SAMPLE)
     nbytes, seconds, launches = [], [], []
-    for size in sorted({SMALLEST, max(SMALLEST, largest // 8), largest}):
+    for size in sorted({SMALLEST // 16, SMALLEST, max(SMALLEST, largest // 8), largest}):
         count = -(-size // dtype.itemsize // averages.multiple) * averages.multiple
         flat = averages.comm.empty(count, dtype).zero_()
         average = averages.make(count, dtype)
@@ -114,7 +115,14 @@ def measure(averages: Averages, total: int, dtype: torch.dtype) -> AlphaBeta:
     model = fit(nbytes, seconds, min(launches))
     agreed = np.array([model.alpha, model.beta, model.launch])
     averages.comm.broadcast(agreed)
-    cores = np.array([len(os.sched_getaffinity(0)) - averages.comm.size * (torch.get_num_threads() + 1)])
-    averages.comm.all_reduce(cores, "min")
     alpha, beta, launch = agreed.tolist()
-    return AlphaBeta(alpha, beta, launch, bool(cores[0] < 0))
+    return AlphaBeta(alpha, beta, launch, _cores(averages.comm) < averages.comm.size)
+
+
+def _cores(comm: Communicator) -> int:
+    """The cores that the ranks of this host have together, less those that their threads keep busy. Collective."""
+    mine = np.zeros((os.cpu_count() or 1) + 1, dtype=np.int64)
+    mine[[*os.sched_getaffinity(0)]] = 1
+    mine[-1] = torch.get_num_threads()
+    comm.all_reduce(mine)
+    return int((mine[:-1] > 0).sum() - mine[-1])

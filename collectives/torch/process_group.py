@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ...errors import AbcclError, ArgumentError
-from .. import connect
+from .. import Communicator, connect
 from ..bootstrap import Alone, Bootstrap, StoreBootstrap
 from . import buffers
+from .dynamo import hide_from_dynamo
 from .errors import torch_error
 from .futures import GroupWork, ShortMessage
 from .group import Group
@@ -435,19 +436,22 @@ class ProcessGroup(Group):
     alltoall_base = all_to_all_single
 
 
-def _hide_from_dynamo() -> None:
-    """torch.compile must call these functions, not trace into them: they end in native code that it can not see."""
-    try:
-        from torch._C._dynamo import eval_frame
-    except ImportError:
-        return
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    for kind in (ProcessGroup, Group, GroupWork):
-        for member in vars(kind).values():
-            function = getattr(member, "fget", member)
-            if hasattr(function, "__code__"):
-                eval_frame.set_code_exec_strategy(function.__code__, strategy)
+def communicator_of(group: Any) -> Communicator:
+    """The communicator of a process group of abccl's; a communicator is its own.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if isinstance(group, Communicator):
+        return group
+    if isinstance(group, ProcessGroup):
+        return group._communicator
+    raise ArgumentError(
+        f"a communicator or a process group of abccl's is wanted, and {group!r} given: pass abccl.init(), or start by "
+        'init_process_group("abccl")'
+    )
 
 
-_hide_from_dynamo()
+hide_from_dynamo(
+    getattr(member, "fget", member) for kind in (ProcessGroup, Group, GroupWork) for member in vars(kind).values()
+)
