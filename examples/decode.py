@@ -225,26 +225,46 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text of this file as it stands, and defaults."""
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
+    return number
+
+
+def batches(text: str) -> list[int]:
+    return [positive(word) for word in text.split(",")]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,2,4,8,16", help="sequences at a time")
-    parser.add_argument("--tokens", type=int, default=100, help="decoded for each batch size and backend")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens whose KV state is handed over")
-    parser.add_argument("--rounds", type=int, default=15, help="times that it is, over each backend")
-    parser.add_argument("--quick", action="store_true", help="2 blocks, batch 1 and 4, 8 tokens, a prompt of 64")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--batch", type=batches, default="1,2,4,8,16", help="sequences at a time")
+    parser.add_argument("--tokens", type=positive, default=100, help="decoded for each batch size and backend")
+    parser.add_argument("--prompt", type=positive, default=1024, help="tokens whose KV state is handed over")
+    parser.add_argument("--rounds", type=positive, default=15, help="times that it is, over each backend")
+    parser.add_argument(
+        "--quick", action="store_true", help="instead: 2 blocks, batch 1 and 4, 8 tokens, a prompt of 64"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     for name, value in asdict(Shape()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value, help="of the model")
     options = parser.parse_args()
     if options.quick:
-        options.blocks, options.batch, options.tokens, options.prompt, options.rounds = 2, "1,4", 8, 64, 3
+        options.blocks, options.batch, options.tokens, options.prompt, options.rounds = 2, [1, 4], 8, 64, 3
     shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
 
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it by torchrun: torchrun --nproc-per-node 2 examples/decode.py")
     ranks = int(os.environ["WORLD_SIZE"])
     if ranks % 2 or shape.heads % ranks or shape.mlp % ranks:
-        parser.error(f"the ranks must be even in number and divide --heads and --mlp, and are {ranks}")
+        parser.error(
+            f"the ranks must be even in number and divide --heads and --mlp, and are {ranks} for {shape.heads} heads "
+            f"and an MLP of {shape.mlp}"
+        )
 
     dist.init_process_group("abccl")
     groups = {"abccl": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
@@ -255,7 +275,7 @@ def main() -> int:
     say("  batch  backend   tokens/s    p50 ms    p99 ms   all_reduce us   share")
     results, same = [], True
     with torch.inference_mode():
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             measured, equal = decode(decoder, groups, batch, options.tokens)
             same &= equal
             for one in measured:

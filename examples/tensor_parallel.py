@@ -240,27 +240,44 @@ def label(shape: Sequence[int]) -> str:
 
 
 def grid_shape(text: str) -> Shape:
-    sizes = [int(word) for word in text.split(",")]
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+    words = text.split(",")
+    sizes = [int(word) for word in words if word.isdecimal()]
+    if not 1 <= len(sizes) == len(words) <= 3 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"a grid is x,y,z or x,y with sizes from 1, and not {text!r}")
     return tuple(sizes + [1] * (3 - len(sizes)))
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text of this file as it stands, and defaults."""
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
+    return number
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", action="append", type=grid_shape, metavar="X,Y,Z", help="may be given several times")
-    parser.add_argument("--rows", type=int, default=512, help="of the input: batch times sequence")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, help="4 times the width, unless given")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--grid", action="append", type=grid_shape, metavar="X,Y,Z", help="several times: several; three if not at all"
+    )
+    parser.add_argument("--rows", type=positive, default=512, help="of the input: batch times sequence")
+    parser.add_argument("--width", type=positive, default=1024, help="of the input")
+    parser.add_argument("--hidden", type=positive, help="of the block, 4 times the width if not given")
+    parser.add_argument("--steps", type=positive, default=10, help="that are timed, of each grid")
+    parser.add_argument("--threads", type=positive, default=1, help="of each rank")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     options = parser.parse_args()
     shapes = options.grid or [(2, 2, 1), (4, 1, 1), (1, 1, 4)]
     rows, width, hidden = options.rows, options.width, options.hidden or 4 * options.width
     for x, y, z in shapes:
         if rows % (z * x) or rows % (z * y) or width % (y * z) or hidden % (x * z):
-            parser.error(f"{label((x, y, z))}: --rows must be a multiple of xz and yz, --width of yz, --hidden of xz")
+            parser.error(
+                f"{label((x, y, z))}: --rows must be a multiple of xz and yz, --width of yz, --hidden of xz, and they "
+                f"are {rows}, {width} and {hidden}"
+            )
 
     cores, ranks = len(os.sched_getaffinity(0)), max(map(prod, shapes))
     cases = [((1, 1, 1), threads) for threads in sorted({options.threads, cores})]

@@ -95,6 +95,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="images of a step, on each process")
     parser.add_argument("--json", metavar="FILE", help="write the losses there")
     options = parser.parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it by torchrun: torchrun --nproc-per-node 2 examples/train_digits.py")
     rank = int(os.environ["RANK"])
 
     runs = []

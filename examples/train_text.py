@@ -22,6 +22,7 @@ that runs beside backward takes its core, and there is nothing to win.
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import sys
 import time
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import abccl
 
+WAYS = ("gloo", "ddp", "hook", "after", "buckets", "partition", "int8", "fsdp2")
 PLACES = [Path("/usr/share/common-licenses"), Path(pydoc_data.topics.__file__).parent.parent]
 LEARNING_RATE = 1e-3
 
@@ -101,7 +103,7 @@ class Transformer(nn.Module):
 class Way:
     """How a model is trained: what is called for a forward, after backward, and to make a step."""
 
-    def __init__(self, name: str, model: Transformer, gloo: dist.ProcessGroup) -> None:
+    def __init__(self, name: str, model: Transformer, gloo: dist.ProcessGroup, bucket_bytes: int | None) -> None:
         self.forward: nn.Module = model
         self.finish: Callable[[], None] = lambda: None
         self.buckets: abccl.buckets.GradientBuckets | None = None
@@ -109,6 +111,7 @@ class Way:
             self.buckets = abccl.buckets.GradientBuckets(
                 model,
                 abccl.init(),
+                bucket_bytes or "auto",
                 compress="int8" if name == "int8" else None,
                 partition=name == "partition",
                 overlap=name != "after",
@@ -120,18 +123,16 @@ class Way:
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             for part in (*model.blocks, model):
                 fully_shard(part, mesh=mesh)
-        elif name in ("gloo", "ddp", "hook"):
+        else:
             self.forward = DistributedDataParallel(model, process_group=gloo if name == "gloo" else None)
             if name == "hook":
                 self.forward.register_comm_hook(None, abccl.buckets.hook)
-        else:
-            raise SystemExit(f"no way is called {name!r}: see --help")
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
 
 @contextmanager
-def made(name: str, model: Transformer, gloo: dist.ProcessGroup):
-    way = Way(name, model, gloo)
+def made(name: str, model: Transformer, gloo: dist.ProcessGroup, bucket_bytes: int | None):
+    way = Way(name, model, gloo, bucket_bytes)
     try:
         yield way
     finally:
@@ -146,7 +147,7 @@ def train(name: str, text: Tensor, gloo: dist.ProcessGroup, options: argparse.Na
     model = Transformer(options.layers, options.width, options.context)
     generator = torch.Generator().manual_seed(1)
     losses, times = [], []
-    with made(name, model, gloo) as way:
+    with made(name, model, gloo, options.bucket_bytes) as way:
         for step in range(options.steps):
             # The whole batch on every rank, of which it takes its part: the same batches however many ranks there are.
             starts = torch.randint(len(text) - options.context - 1, (options.batch * size,), generator=generator)
@@ -164,7 +165,8 @@ def train(name: str, text: Tensor, gloo: dist.ProcessGroup, options: argparse.Na
             losses.append(mean.item())
             if rank == 0 and sys.stderr.isatty():
                 print(f"\r{name}: step {step + 1} of {options.steps}, loss {losses[-1]:.4f} ", end="", file=sys.stderr)
-        report = way.buckets.report() if way.buckets is not None else None
+        # The first step only shows the order of gradients.
+        report = way.buckets.report() if way.buckets is not None and options.steps > 1 else None
         if way.buckets is not None:
             way.buckets.gathered()
     if rank == 0 and sys.stderr.isatty():
@@ -195,20 +197,37 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text of this file as it stands, and defaults."""
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
+    return number
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--ways", default="gloo,ddp,hook,after,buckets,partition,int8,fsdp2", help="which, in this order"
-    )
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4, help="texts of a step, on each process")
-    parser.add_argument("--context", type=int, default=64, help="characters of a text")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--ways", default=",".join(WAYS), help="which of them, in this order")
+    parser.add_argument("--steps", type=positive, default=60, help="of each way")
+    parser.add_argument("--batch", type=positive, default=4, help="texts of a step, on each process")
+    parser.add_argument("--context", type=positive, default=64, help="characters of a text")
+    parser.add_argument("--layers", type=positive, default=4, help="blocks of the transformer")
+    parser.add_argument("--width", type=positive, default=256, help="of the transformer, a multiple of 32")
+    parser.add_argument("--bucket-bytes", type=positive, help="of GradientBuckets, which measure if not told")
     parser.add_argument("--write", type=int, default=0, metavar="N", help="let each model write N characters")
     parser.add_argument("--reports", action="store_true", help="print what GradientBuckets reports of each bucket")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     options = parser.parse_args()
+    ways = options.ways.split(",")
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--ways are some of {','.join(WAYS)}, and {unknown[0]!r} is none")
+    if options.width % 32:
+        parser.error(f"--width must be a multiple of 32, and is {options.width}")
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it by torchrun: torchrun --nproc-per-node 2 examples/train_text.py")
 
     dist.init_process_group("abccl")
     gloo = dist.new_group(backend="gloo")
@@ -216,7 +235,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         count = sum(p.numel() for p in Transformer(options.layers, options.width, options.context).parameters())
         print(f"{len(text):,} characters of text, a model of {count:,} parameters, {dist.get_world_size()} processes")
-    results = [train(name, text, gloo, options) for name in options.ways.split(",")]
+    results = [train(name, text, gloo, options) for name in ways]
     exact = [result for result in results if result["way"] != "int8"] or results
     reference = exact[0]["losses"]
     equal = all(abs(a - b) <= 1e-3 * abs(b) for result in exact for a, b in zip(result["losses"], reference))

@@ -1,49 +1,34 @@
-"""The examples as a user starts them, small: what they compute is right. (train_digits.py is in test_ddp.py.)"""
+"""The examples as a user starts them, small: what they compute is right."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from torch_programs import example, python
 
-import abccl
-
-pytestmark = pytest.mark.torch
-
-REGISTERED = """
-import runpy, sys
-from abccl.collectives.torch.register import register
-register()
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(170)]
 
 
-def start(*arguments: Any) -> str:
-    """What a Python program printed; it must succeed. A checkout need not be installed for that."""
-    path = [str(Path(abccl.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def test_train_digits(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    report = tmp_path / "digits.json"
+    printed = example(tmp_path, "train_digits.py", "--backend", "abccl,gloo", "--epochs", 3, "--json", report)
+    assert "losses equal to 5 digits: yes" in printed
+    ours, theirs = json.loads(report.read_text())
+    assert (ours["backend"], theirs["backend"]) == ("abccl", "gloo")
+    assert ours["accuracy"] == theirs["accuracy"] > 0.5
+    assert len(re.findall(r"epoch +\d+ +loss", printed)) == 6
 
 
-def test_tensor_parallel(root: Path, tmp_path: Path) -> None:
+def test_tensor_parallel(tmp_path: Path) -> None:
     rows, width, hidden = 24, 12, 48
     report = tmp_path / "report.json"
     sizes = ["--rows", rows, "--width", width, "--hidden", hidden, "--steps", 1]
     asked = ["--grid", "2,2", "--grid", "3,1,1", "--grid", "1,2,2"]
-    printed = start(root / "examples" / "tensor_parallel.py", *asked, *sizes, "--json", report)
+    printed = example(tmp_path, "tensor_parallel.py", *asked, *sizes, "--json", report, launch=python)
     assert "agree with one process to 0.0001: yes" in printed
 
     found = json.loads(report.read_text())
@@ -60,11 +45,9 @@ def test_tensor_parallel(root: Path, tmp_path: Path) -> None:
         }
 
 
-def test_decode(root: Path, tmp_path: Path) -> None:
-    report, program = tmp_path / "report.json", tmp_path / "registered.py"
-    program.write_text(REGISTERED)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    printed = start(*torchrun, program, root / "examples" / "decode.py", "--quick", "--json", report)
+def test_decode(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    printed = example(tmp_path, "decode.py", "--quick", "--json", report)
     assert "both choose the same tokens: yes" in printed
     assert "decode ranks go on with the tokens of ranks that did both: yes" in printed
 
@@ -78,12 +61,10 @@ def test_decode(root: Path, tmp_path: Path) -> None:
     assert set(found["hand_over"]["GB_per_second"]) == {"abccl", "gloo"}
 
 
-def test_train_text(root: Path, tmp_path: Path) -> None:
-    report, program = tmp_path / "report.json", tmp_path / "registered.py"
-    program.write_text(REGISTERED)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+def test_train_text(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
     small = ["--layers", 1, "--width", 32, "--steps", 8, "--write", 5, "--reports"]
-    printed = start(*torchrun, program, root / "examples" / "train_text.py", *small, "--json", report)
+    printed = example(tmp_path, "train_text.py", *small, "--json", report)
     assert "losses equal to 0.1 %: yes; int8 within 5 % at the end: yes" in printed
     assert printed.count("predicted exposed") == 4
 

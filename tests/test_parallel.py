@@ -97,10 +97,18 @@ def fsdp2_in_mixed_precision() -> list[float]:
 def fsdp2_in_registered_memory() -> list[float]:
     """Gathers and reduces in memory of the process group, where it has some."""
     model = sharded(blocks())
-    if dist.get_backend() == "abccl":
-        for module in [model, *model]:
-            module.set_allocate_memory_from_process_group_for_comm(True)
-    return train(model, adam(model), dist.get_rank())
+    if dist.get_backend() != "abccl":
+        return train(model, adam(model), dist.get_rank())
+    for module in [model, *model]:
+        module.set_allocate_memory_from_process_group_for_comm(True)
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        allocate = backend.allocate_tensor
+        patch.setattr(backend, "allocate_tensor", lambda n, **how: (asked.append(n), allocate(n, **how))[1])
+        losses = train(model, adam(model), dist.get_rank())
+    assert asked
+    return losses
 
 
 @check

@@ -1,31 +1,14 @@
-"""Programs as users start them, by torchrun: the example, a restart after a crash, an end without goodbye."""
+"""Programs as users start them, by torchrun: a restart after a crash, an end without goodbye, with hooks in use."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-import abccl
+from torch_programs import program, torchrun
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(170)]
 torch = pytest.importorskip("torch")
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Registered by hand: a checkout need not be installed for its tests.
-REGISTERED = """
-import os, sys
-import torch, torch.distributed as dist
-from abccl.collectives.torch.register import register
-register()
-"""
 
 TRAINING = """
 def steps(backend, count, start=0, save=None):
@@ -50,26 +33,6 @@ def steps(backend, count, start=0, save=None):
             torch.save(model.state_dict(), save)
     return losses
 """
-
-
-def torchrun(*arguments: Any, options: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """Two processes by torchrun, with the package of this run."""
-    package = str(Path(abccl.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-
-
-def program(folder: Path, *parts: str) -> Path:
-    path = folder / "program.py"
-    path.write_text("".join([REGISTERED, *parts]))
-    return path
 
 
 def test_elastic_restart(tmp_path: Path) -> None:
@@ -104,9 +67,7 @@ def test_without_destroy(tmp_path: Path) -> None:
     """A program that just ends, with a future, a message and a thread's recv still open, ends well."""
     code = """
 import threading
-import abccl, numpy as np, torch, torch.distributed as dist
-from abccl.collectives.torch.register import register
-register()
+import abccl, numpy as np
 dist.init_process_group("abccl")
 x = torch.ones(1000)
 dist.all_reduce(x, async_op=True).get_future().wait()
@@ -117,26 +78,24 @@ comm = abccl.init()
 threading.Thread(target=comm.recv, args=(np.ones(1), 1 - comm.rank), daemon=True).start()
 print(f"value {x[0].item()}\\n", end="")
 """
-    (tmp_path / "program.py").write_text(code)
-    done = torchrun(tmp_path / "program.py")
+    done = torchrun(program(tmp_path, code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("value 2.0") == 2
 
 
-def test_example(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    report = tmp_path / "digits.json"
-    # Registered by hand: a checkout need not be installed for its tests.
-    start = tmp_path / "start.py"
-    start.write_text(
-        "import runpy, sys\nfrom abccl.collectives.torch.register import register\nregister()\n"
-        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    example = ROOT / "examples" / "train_digits.py"
-    done = torchrun(start, example, "--backend", "abccl,gloo", "--epochs", "3", "--json", report)
+def test_hooks_end_with_the_program(tmp_path: Path) -> None:
+    """No thread of theirs is left when the program is at its end."""
+    code = """
+import atexit, threading
+atexit.register(lambda: print(f"left: {[t.name for t in threading.enumerate() if 'bucket' in t.name]}\\n", end=""))
+import abccl.buckets
+dist.init_process_group("abccl")
+for state in None, abccl.buckets.HookState(compress="int8"):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model.register_comm_hook(state, abccl.buckets.hook)
+    model(torch.ones(2, 4)).sum().backward()
+print(f"began: {any('bucket futures' in t.name for t in threading.enumerate())}\\n", end="")
+"""
+    done = torchrun(program(tmp_path, "import atexit, threading\n", code))
     assert done.returncode == 0, done.stderr
-    assert "losses equal to 5 digits: yes" in done.stdout
-    ours, theirs = json.loads(report.read_text())
-    assert (ours["backend"], theirs["backend"]) == ("abccl", "gloo")
-    assert ours["accuracy"] == theirs["accuracy"] > 0.5
-    assert len(re.findall(r"epoch +\d+ +loss", done.stdout)) == 6
+    assert done.stdout.count("began: True") == 2 and done.stdout.count("left: []") == 2, done.stdout

@@ -127,6 +127,35 @@ def differentiable_collectives() -> None:
     agree({name: gradient(call) for name, call in calls.items()})
 
 
+# ---- tensors of other layouts
+
+
+@check
+def averages_of_sparse_tensors() -> None:
+    rank, size = here()
+    x = torch.sparse_coo_tensor(torch.tensor([[0, rank + 1]]), torch.full((2, 3), 6.0 * size), (9, 3))
+    dist.all_reduce(x, dist.ReduceOp.AVG)
+    expected = torch.zeros(9, 3)
+    expected[0], expected[1 : size + 1] = 6.0 * size, 6.0
+    assert torch.equal(x.to_dense(), expected)
+
+
+@check
+def results_that_repeat_memory() -> None:
+    """They are refused before anything is sent."""
+    repeated = torch.ones(1).expand(4)
+    calls: list[Callable[[], Any]] = [
+        lambda: dist.all_reduce(repeated),
+        lambda: dist.broadcast(repeated, 0),
+        lambda: dist.all_gather([repeated] * dist.get_world_size(), torch.ones(4)),
+        lambda: dist.recv(repeated, (dist.get_rank() + 1) % dist.get_world_size()),
+    ]
+    for call in calls:
+        with raises(abccl.ArgumentError, "several times"):
+            call()
+    dist.barrier()
+
+
 # ---- groups and meshes
 
 

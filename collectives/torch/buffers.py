@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...transports.types import NUMBERS
+from .errors import torch_error
 
 _SERVED = frozenset(getattr(torch, name) for name in NUMBERS if hasattr(torch, name))
 
@@ -45,6 +47,10 @@ def writing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
     """A contiguous buffer for the values of the tensor, and what takes them there if it is another's memory."""
     if plain(tensor):
         return tensor, None
+    if any(stride == 0 and extent > 1 for stride, extent in zip(tensor.stride(), tensor.shape)):
+        raise torch_error(
+            ArgumentError(f"a tensor of shape {tuple(tensor.shape)} holds elements several times: pass a copy of it")
+        )
     target = tensor.detach()
     flat = target.new_empty(target.shape)
     return flat, lambda: _copy(target, flat)
