@@ -32,7 +32,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("abccl")
     else:
-        dist.init_process_group("abccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("abccl", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     comm, x = init(), torch.ones(1)
     doors: dict[str, Callable[[], object]] = {
         "native run (persistent)": comm.all_reduce_init(x),

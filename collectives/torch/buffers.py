@@ -47,10 +47,7 @@ def writing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
     """A contiguous buffer for the values of the tensor, and what takes them there if it is another's memory."""
     if plain(tensor):
         return tensor, None
-    if any(stride == 0 and extent > 1 for stride, extent in zip(tensor.stride(), tensor.shape)):
-        raise torch_error(
-            ArgumentError(f"a tensor of shape {tuple(tensor.shape)} holds elements several times: pass a copy of it")
-        )
+    _check_distinct(tensor)
     target = tensor.detach()
     flat = target.new_empty(target.shape)
     return flat, lambda: _copy(target, flat)
@@ -75,6 +72,8 @@ def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
     joined = _joined(tensors)
     if joined is not None:
         return joined, None
+    for tensor in tensors:
+        _check_distinct(tensor)
     sizes = [tensor.numel() for tensor in tensors]
     flat = tensors[0].new_empty(sum(sizes))
 
@@ -83,6 +82,13 @@ def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
             _copy(tensor.detach(), piece)
 
     return flat, finish
+
+
+def _check_distinct(target: Tensor) -> None:
+    if any(stride == 0 and extent > 1 for stride, extent in zip(target.stride(), target.shape)):
+        raise torch_error(
+            ArgumentError(f"a tensor of shape {tuple(target.shape)} holds elements several times: pass a copy of it")
+        )
 
 
 def _copy(target: Tensor, flat: Tensor) -> None:
