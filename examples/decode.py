@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
+from arguments import Help, positive
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
@@ -223,17 +224,6 @@ def say(text: str) -> None:
     """Print, on rank 0."""
     if dist.get_rank() == 0:
         print(text, flush=True)
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The text of this file as it stands, and defaults."""
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
-    return number
 
 
 def batches(text: str) -> list[int]:

@@ -46,6 +46,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
+from arguments import Help, positive
 from torch.nn.functional import gelu
 
 import abccl
@@ -245,17 +246,6 @@ def grid_shape(text: str) -> Shape:
     if not 1 <= len(sizes) == len(words) <= 3 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"a grid is x,y,z or x,y with sizes from 1, and not {text!r}")
     return tuple(sizes + [1] * (3 - len(sizes)))
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The text of this file as it stands, and defaults."""
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
-    return number
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from arguments import Help, positive
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -195,17 +196,6 @@ def table(results: list[dict]) -> str:
             f"{cells[0]} {cells[1]} {exposed}".rstrip()
         )
     return "\n".join(lines)
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The text of this file as it stands, and defaults."""
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {text}")
-    return number
 
 
 def main() -> int:

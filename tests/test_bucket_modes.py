@@ -11,6 +11,8 @@ import pytest
 from bucket_models import adam, alone, batch, bucketed, loss_of, net, same
 from torch_ranks import MARKS, Checks, dist, here, outcomes, returned, torch
 
+import abccl
+
 pytestmark = MARKS
 nn = torch.nn
 
@@ -297,6 +299,29 @@ def partition_keeps_an_optimizer_with_state() -> None:
         copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
         same(copied, model)
         copied(batch(0, 0)[0]).sum().backward()
+
+
+@check
+def partition_under_compilation() -> None:
+    """Hooks are kept by torch.compile; where it has left them out, it is said."""
+    rank, _ = here()
+    for optimized in (False, True):
+        torch._dynamo.reset()
+        model = net()
+        with bucketed(model, 5000, partition=True) as buckets:
+            stepper = buckets.optimizer(torch.optim.AdamW, lr=0.01)
+            called = torch.compile(model, backend="aot_eager") if optimized else model
+            for step in range(4):
+                loss_of(called, step, rank).backward()
+                buckets.finish()
+                stepper.step()
+            for hook in buckets._partition._hooks:
+                hook.remove()
+            torch._dynamo.reset()
+            with pytest.raises(abccl.ArgumentError, match="gathered"):
+                loss_of(called, 0, rank).backward()
+            buckets.gathered()
+            same(model, alone(4, adam))
 
 
 @check

@@ -235,6 +235,8 @@ def bad_use() -> None:
         make([parameter], comm, partition=True)
     with pytest.raises(wrong, match="other parameters"):
         make([nn.Parameter(torch.ones(3 + rank))], comm)
+    with pytest.raises(wrong, match="other options"):
+        make([parameter], comm, 100 + rank)
     with pytest.raises(wrong, match="bucket_bytes" if rank == 0 else "rank 0 has refused"):
         make([parameter], comm, True if rank == 0 else 100)
     with pytest.raises(wrong, match="communicator"):
@@ -269,7 +271,7 @@ def bad_use() -> None:
 
 @check
 def a_peer_that_leaves() -> None:
-    """finish() raises, in time, on those that are left."""
+    """It is raised, in time, on those that are left."""
     rank, size = here()
     parameter = nn.Parameter(torch.ones(1000))
     buckets = abccl.buckets.GradientBuckets([parameter], abccl.init(timeout=20), compress="int8" if size == 2 else None)
@@ -280,9 +282,13 @@ def a_peer_that_leaves() -> None:
         buckets.close()
     else:
         parameter.grad = None
-        parameter.sum().backward()
-        with pytest.raises(abccl.CollectiveError):
+
+        def step() -> None:
+            parameter.sum().backward()  # raises too if the loss is known by then
             buckets.finish()
+
+        with pytest.raises(abccl.CollectiveError):
+            step()
         buckets.close()
     dist.barrier(Groups.gloo)
 

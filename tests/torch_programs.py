@@ -23,6 +23,7 @@ register()
 RUN = """
 import runpy
 del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -34,9 +34,9 @@ def wanting_gradients(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def agree(comm: Communicator, tensors: Sequence[Tensor], problem: ArgumentError | None) -> None:
-    """Raise on all ranks if one has a problem, or tensors of other shapes or types. Collective."""
-    text = repr([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+def agree(comm: Communicator, tensors: Sequence[Tensor], how: str, problem: ArgumentError | None) -> None:
+    """Raise on all ranks if one has a problem, other options, or tensors of other shapes or types. Collective."""
+    text = repr([how, *((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)])
     everyone = np.empty((comm.size, 3), dtype=np.int64)
     mine = np.array([problem is not None, len(tensors), zlib.crc32(text.encode())], dtype=np.int64)
     comm.all_gather(everyone, mine)
@@ -48,7 +48,7 @@ def agree(comm: Communicator, tensors: Sequence[Tensor], problem: ArgumentError 
         if tuple(everyone[rank]) != tuple(everyone[0]):
             raise ArgumentError(
                 f"rank {rank} has other parameters or buffers than rank 0 ({everyone[rank][1]} and {everyone[0][1]} of "
-                "them): make the same model on all ranks"
+                "them), or other options: pass the same on all ranks"
             )
 
 

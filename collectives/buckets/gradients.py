@@ -115,7 +115,8 @@ class GradientBuckets:
                 raise ArgumentError("partition wants the module, to know when its parameters are used: pass model")
         except ArgumentError as error:
             problem = error
-        agree(own, [] if problem else shared or self._parameters, problem)
+        how = f"{bucket_bytes}, {compress}, {partition}, {overlap}"
+        agree(own, [] if problem else shared or self._parameters, how, problem)
         take_from_root(own, shared or self._parameters)
         self._asked, self._overlap = bucket_bytes, overlap
         self._counts = [parameter.numel() for parameter in self._parameters]
@@ -259,6 +260,8 @@ class GradientBuckets:
                 f"parameter {number} of shape {tuple(parameter.shape)} wants a gradient of {wanted}, torch.strided and "
                 f"has {found}: convert a model before its buckets are made, make gradients dense (sparse=False)"
             )
+        if self._partition is not None:
+            self._partition.check_was_whole(number)
         if not self._syncing:
             return
         backward.arrived[number] = time.monotonic()

@@ -154,6 +154,15 @@ class Partition:
                         "convert the model before GradientBuckets(model, ...), not after"
                     )
 
+    def check_was_whole(self, number: int) -> None:
+        """Refuse the gradient of a parameter that nobody has waited for: what was used may have been half old."""
+        if self._bucket_of[number] in self._pending:
+            raise ArgumentError(
+                f"parameter {number} of shape {tuple(self._parameters[number].shape)} was used while it was being "
+                "gathered, and no hook of its module has run: call buckets.gathered() before forward. (torch.compile "
+                "leaves out hooks that came after it: torch._dynamo.reset() behind GradientBuckets(...))"
+            )
+
     def wait(self, buckets: Iterable[int] | None = None) -> None:
         """Wait until the parameters of these buckets are whole; of all if None."""
         for number in list(self._pending) if buckets is None else buckets:
