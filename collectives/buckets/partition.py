@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ..communicator import Communicator
-from .hooks import ModuleHook
 from .layout import Layout
+from .module_hook import ModuleHook
 
 
 class Partition:

@@ -1,4 +1,4 @@
-"""Hooks on a module that its copies do not take along."""
+"""A hook on a module that its copies do not take along."""
 
 from __future__ import annotations
 
