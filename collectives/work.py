@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -33,26 +34,52 @@ class Work(ABC):
 Work.register(_native.Work)
 
 
-class QueuedWork(Work):
-    """Work of a `WorkQueue`."""
+Times = tuple[float, float]
+"""When an operation was taken up and when it ended, by the clock of time.monotonic()."""
 
-    def __init__(self) -> None:
-        self._future: Future[None] = Future()
+
+class QueuedWork(Work):
+    """Work of a thread of Python's.
+
+    Args:
+        future: what the thread makes of `timed(operation)`.
+    """
+
+    def __init__(self, future: Future[Times]) -> None:
+        self._future = future
 
     def wait(self, timeout: float | None = None) -> None:
         """See `Work.wait`."""
+        if not self.finishes_within(timeout):
+            raise DeadlineExceeded(
+                f"Work.wait: not finished after {timeout} s; it goes on, wait again or abort the communicator"
+            )
+
+    def finishes_within(self, timeout: float | None) -> bool:
+        """Like `wait`, and False instead of DeadlineExceeded."""
         try:
             self._future.result(timeout)
         except NotYet:
             if self._future.done():
                 raise
-            raise DeadlineExceeded(
-                f"Work.wait: not finished after {timeout} s; it goes on, wait again or abort the communicator"
-            ) from None
+            return False
+        return True
 
     def is_completed(self) -> bool:
         """See `Work.is_completed`."""
         return self._future.done()
+
+    @property
+    def times(self) -> Times:
+        """When it ran; only once it is finished."""
+        return self._future.result()
+
+
+def timed(operation: Callable[[], None]) -> Times:
+    """Run the operation, and tell when."""
+    started = time.monotonic()
+    operation()
+    return started, time.monotonic()
 
 
 class WorkQueue:
@@ -65,7 +92,7 @@ class WorkQueue:
         self._name = name
         self._lock = threading.Lock()
         self._running = threading.Lock()
-        self._queue: deque[tuple[QueuedWork, Callable[[], None]]] = deque()
+        self._queue: deque[tuple[Future[Times], Callable[[], None]]] = deque()
         self._active = False
 
     def run(self, operation: Callable[[], None]) -> None:
@@ -82,13 +109,13 @@ class WorkQueue:
 
     def submit(self, operation: Callable[[], None]) -> Work:
         """Queue the operation."""
-        work = QueuedWork()
+        future: Future[Times] = Future()
         with self._lock:
-            self._queue.append((work, operation))
+            self._queue.append((future, operation))
             if not self._active:
                 self._active = True
                 threading.Thread(target=self._drain, name=self._name, daemon=True).start()
-        return work
+        return QueuedWork(future)
 
     def _drain(self) -> None:
         while True:
@@ -96,11 +123,11 @@ class WorkQueue:
                 if not self._queue:
                     self._active = False
                     return
-                work, operation = self._queue.popleft()
+                future, operation = self._queue.popleft()
             with self._running:
                 try:
-                    operation()
+                    times = timed(operation)
                 except BaseException as error:
-                    work._future.set_exception(error)
+                    future.set_exception(error)
                 else:
-                    work._future.set_result(None)
+                    future.set_result(times)

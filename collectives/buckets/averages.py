@@ -6,27 +6,24 @@ started in the same order on all ranks.
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, DeadlineExceeded
+from ...errors import ArgumentError
 from ..binding import premul_sum
 from ..communicator import Communicator
+from ..work import QueuedWork, Times, timed
+from .layout import own_part
 from .quantize import BLOCK, dequantize, packed_bytes, quantize
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPRESSIONS = (None, *HALVES, "int8")
-
-Times = tuple[float, float]
-"""When an operation was taken up and when it ended, by the clock of time.monotonic()."""
 
 
 class Pending:
@@ -77,8 +74,7 @@ class Average(ABC):
 
     def own(self, flat: Tensor) -> Tensor:
         """This rank's part of a bucket."""
-        part = self.count // self.comm.size
-        return flat[self.comm.rank * part : (self.comm.rank + 1) * part]
+        return own_part(flat, self.comm.rank, self.comm.size)
 
 
 class Exact(Average):
@@ -106,7 +102,7 @@ class Exact(Average):
 
     def _start(self, collective: Callable[..., Any]) -> Pending:
         if self._thread is not None:
-            return Pending(Submitted(self._thread, collective))
+            return _submit(self._thread, collective)
         return Pending(collective(async_op=True))
 
 
@@ -157,11 +153,11 @@ class Quantized(Average):
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """See `Average`."""
-        return Pending(Submitted(self._thread, lambda: self._all_reduce(flat)))
+        return _submit(self._thread, lambda: self._all_reduce(flat))
 
     def reduce_scatter(self, flat: Tensor) -> Pending:
         """See `Average`. One rounding, so half the error."""
-        return Pending(Submitted(self._thread, lambda: self._reduce_scatter(flat)))
+        return _submit(self._thread, lambda: self._reduce_scatter(flat))
 
     def _all_reduce(self, flat: Tensor) -> None:
         self._exchange(flat)
@@ -188,44 +184,6 @@ class Quantized(Average):
         quantize(self._left, values, self._sent)
         self.comm.all_to_all(self._received, self._sent)
         dequantize(self._received, self._part, 1 / self.comm.size)
-
-
-class Submitted:
-    """Work of a thread of one's own."""
-
-    def __init__(self, thread: ThreadPoolExecutor, operation: Callable[[], None]) -> None:
-        self._future: Future[Times] = thread.submit(self._run, operation)
-
-    @staticmethod
-    def _run(operation: Callable[[], None]) -> Times:
-        started = time.monotonic()
-        with torch.no_grad():
-            operation()
-        return started, time.monotonic()
-
-    def is_completed(self) -> bool:
-        """Whether it is finished, well or not."""
-        return self._future.done()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until it is finished, raise what it failed with."""
-        if not self.finishes_within(timeout):
-            raise DeadlineExceeded(f"not finished after {timeout} s; it goes on, wait again or abort the communicator")
-
-    def finishes_within(self, timeout: float | None) -> bool:
-        """Like wait, and False instead of DeadlineExceeded."""
-        try:
-            self._future.result(timeout)
-        except NotYet:
-            if self._future.done():
-                raise
-            return False
-        return True
-
-    @property
-    def times(self) -> Times:
-        """When it ran; only once it is finished."""
-        return self._future.result()
 
 
 class Averages:
@@ -261,6 +219,14 @@ class Averages:
         self.comm.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+
+
+def _submit(thread: ThreadPoolExecutor, operation: Callable[[], None]) -> Pending:
+    def without_gradients() -> None:
+        with torch.no_grad():
+            operation()
+
+    return Pending(QueuedWork(thread.submit(timed, without_gradients)))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

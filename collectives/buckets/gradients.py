@@ -375,10 +375,7 @@ class GradientBuckets:
             flat: Tensor = self._comm.empty(layout.count, layout.dtype)
             flat.zero_()
             views = {
-                piece.parameter: flat[piece.offset : piece.offset + piece.count].view(
-                    self._parameters[piece.parameter].shape
-                )
-                for piece in layout.pieces
+                piece.parameter: piece.view(flat, self._parameters[piece.parameter].shape) for piece in layout.pieces
             }
             average = self._averages.make(layout.count, layout.dtype)
             bucket = _Bucket(layout, flat, views, average, len(views))

@@ -28,14 +28,13 @@ class HookState:
     """
 
     def __init__(self, group: Any = None, compress: str | None = None) -> None:
-        communicator = communicator_of(dist.group.WORLD if group is None else group)
+        communicator = _communicator(group)
         # Of its own: DDP and the user make calls on theirs, in an order that has nothing to do with the buckets'.
         own = communicator.split(0, communicator.rank)
         assert own is not None
         self._averages = Averages(own, compress)
         self._buckets: dict[int, tuple[list[torch.Size], Average]] = {}
         self._completion = Completion(f"abccl bucket futures of rank {own.rank}")
-
         _open.add(self)
 
     def close(self) -> None:
@@ -89,11 +88,15 @@ _states: "weakref.WeakKeyDictionary[Communicator, HookState]" = weakref.WeakKeyD
 
 
 def _state_of(group: Any) -> HookState:
-    communicator = communicator_of(dist.group.WORLD if group is None else group)
+    communicator = _communicator(group)
     state = _states.get(communicator)
     if state is None:
         state = _states[communicator] = HookState(communicator)
     return state
+
+
+def _communicator(group: Any) -> Communicator:
+    return communicator_of(dist.group.WORLD if group is None else group)
 
 
 def _first(future: Any) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes. Gradients begin on cache lines."""
@@ -18,6 +19,10 @@ class Piece:
     parameter: int
     offset: int
     count: int
+
+    def view(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """The place in the bucket, in the parameter's shape."""
+        return flat[self.offset : self.offset + self.count].view(shape)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ def lay_out(
         if _end(pieces, dtype) * dtype.itemsize >= bucket_bytes:
             full.append(close(dtype))
     return full + [close(dtype) for dtype in sorted(open_pieces, key=last.__getitem__)]
+
+
+def own_part(flat: Tensor, rank: int, size: int) -> Tensor:
+    """A rank's part of a bucket, one of `size` equal ones."""
+    part = flat.numel() // size
+    return flat[rank * part : (rank + 1) * part]
 
 
 def _end(pieces: Sequence[Piece], dtype: torch.dtype) -> int:

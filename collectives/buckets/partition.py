@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ..communicator import Communicator
-from .layout import Layout
+from .layout import Layout, own_part
 from .module_hook import ModuleHook
 
 
@@ -74,13 +74,13 @@ class Partition:
             flat.zero_()
             for piece in layout.pieces:
                 parameter = self._parameters[piece.parameter]
-                view = flat[piece.offset : piece.offset + piece.count].view(parameter.shape)
+                view = piece.view(flat, parameter.shape)
                 view.copy_(parameter.detach())
                 parameter.data = view
             values.append(flat)
         self._values = values
         self._bucket_of = {piece.parameter: k for k, layout in enumerate(layouts) for piece in layout.pieces}
-        self.shards = [nn.Parameter(self.own(flat)) for flat in values]
+        self.shards = [nn.Parameter(own_part(flat, self._comm.rank, self._comm.size)) for flat in values]
         for optimizer in self._optimizers:
             optimizer.param_groups[0]["params"] = list(self.shards)
         self._layouts = layouts
@@ -130,18 +130,13 @@ class Partition:
         nn.utils.clip_grads_with_norm_(self.shards, most, norm)
         return norm
 
-    def own(self, flat: Tensor) -> Tensor:
-        """This rank's part of a bucket."""
-        part = flat.numel() // self._comm.size
-        return flat[self._comm.rank * part : (self._comm.rank + 1) * part]
-
     def gather(self) -> None:
         """Start to gather all parts, first those that backward brought last: forward uses them first."""
         self.wait()
         torch.autograd.graph.increment_version(self._parameters)  # what was saved of them is of the past
         for number in reversed(range(len(self._values))):
-            flat = self._values[number]
-            self._pending[number] = self._comm.all_gather(flat, self.own(flat), async_op=True)
+            whole, own = self._values[number], self.shards[number].detach()
+            self._pending[number] = self._comm.all_gather(whole, own, async_op=True)
 
     def _check_places(self) -> None:
         """Refuse parameters that have been given other memory: an optimizer of shards does not see them."""

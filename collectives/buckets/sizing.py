@@ -87,9 +87,8 @@ def best_bytes(lay_out: Callable[[int], list[Layout]], total: int, ready: Sequen
         lay_out: the buckets of a size.
         total: the bytes of all gradients.
     """
-    sizes = [SMALLEST]
-    for size in itertools.takewhile(lambda size: size < 2 * total, (SMALLEST << k for k in itertools.count(1))):
-        sizes.append(size)
+    doubled = (SMALLEST << k for k in itertools.count(1))
+    sizes = [SMALLEST, *itertools.takewhile(lambda size: size < 2 * total, doubled)]
     return min(reversed(sizes), key=lambda size: exposed(lay_out(size), ready, model))
 
 

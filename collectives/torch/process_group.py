@@ -44,7 +44,6 @@ from .sparse import sum_sparse
 # by the progress thread), and several times longer for a megabyte.
 _SHORT = 4096
 
-
 _AllreduceOptions = c10d.AllreduceOptions
 
 
