@@ -151,3 +151,10 @@ def returned(values: list[Any]) -> list[Any]:
     failed = [f"rank {rank}:\n{value.text}" for rank, value in enumerate(values) if isinstance(value, Raised)]
     assert not failed, "\n".join(failed)
     return values
+
+
+def assert_passes(file: str, name: str, ranks: int) -> None:
+    """A check of a file whose CHECKS run over abccl must return on all ranks; it wants two."""
+    if ranks < 2:
+        pytest.skip("wants two ranks")
+    returned(outcomes(file, ranks, abccl="CHECKS")["abccl"][name])
