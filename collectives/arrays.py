@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,11 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
     if found.dtype not in NUMBERS:
         raise ArgumentError(f"{call}: {name} has element type {found.dtype}: convert it to one of {', '.join(NUMBERS)}")
     return found
+
+
+def bytes_at(address: int, nbytes: int) -> memoryview:
+    """The memory there, which the caller keeps alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(bytearray())
 
 
 def _is_tensor(array: Any) -> bool:

@@ -15,10 +15,11 @@ import numpy as np
 from ..algorithms import Algorithm, Collective, replay
 from ..algorithms.plan import Scaling, Sizes, Skeleton, bind, cut, exchange, exchange_matrix, lower, parts
 from ..errors import ArgumentError
-from ..transports import Operation, Transport
+from ..transports import NativeCall, Operation, Transport
 from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
-from .choice import check_reproducible, choose
+from .choice import NATIVE, check_reproducible, choose
+from .native import prepare_native
 
 FORWARDING_FREE = ("direct", "pairwise")
 """The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
@@ -65,10 +66,14 @@ class Uneven(NamedTuple):
 
 
 class Binder:
-    """Makes plans for one rank of a transport's group; of algorithms that are reproducible only, if told so."""
+    """Makes plans for one rank of a transport's group; of algorithms that are reproducible only, if told so.
 
-    def __init__(self, transport: Transport, reproducible: bool) -> None:
-        self.rank, self.size = transport.rank, transport.size
+    Args:
+        hosts: the ranks by host.
+    """
+
+    def __init__(self, transport: Transport, reproducible: bool, hosts: Sequence[Sequence[int]]) -> None:
+        self.rank, self.size, self.hosts = transport.rank, transport.size, hosts
         self.reproducible = reproducible
         self._transport = transport
         self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
@@ -80,14 +85,14 @@ class Binder:
         out: Array,
         op: str | PremulSum | Uneven | None,
         root: int,
-        algorithm: str | None,
+        algorithm: str | Algorithm | None,
     ) -> Any:
         """The prepared plan of a call.
 
         Args:
             x, out: what is read and what is written; the same object in place.
             op: an operator, sizes of uneven parts, or None.
-            algorithm: its name, or None to let the rule choose.
+            algorithm: it or its name; "native" for the engine's own collective; None to let the rule choose.
 
         Raises:
             ArgumentError: the arguments do not make sense.
@@ -100,10 +105,13 @@ class Binder:
         known = source or target or _NOTHING
         kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
         chosen = self._choose(collective, source, target, uneven, algorithm)
+        if chosen == NATIVE:
+            return self._native(collective, source, target, uneven, int(root), (kernel, scaling, factor))
+        assert isinstance(chosen, Algorithm)
         _prove(chosen, self.size)
         if self.reproducible:
             check_reproducible(chosen, self.size, int(root), known.dtype)
-        sizes = self._sizes(collective, source, target, uneven, chosen)
+        sizes = self._sizes(collective, source, target, uneven, chosen.blocks(self.size))
         plan = bind(
             self._skeleton(chosen, int(root), scaling),
             sizes,
@@ -112,7 +120,7 @@ class Binder:
             lanes=self._transport.lanes,
             counts=(source.count if source else 0, target.count if target else 0),
         )
-        text = self._describe(collective, source, target, uneven, int(root), chosen)
+        text = self._describe(collective, source, target, uneven, int(root), chosen.name)
         signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
         straight = chosen.name in FORWARDING_FREE and _is_ours(chosen) and not collective.reduces
         operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text, straight)
@@ -179,9 +187,14 @@ class Binder:
         return ("sum", Scaling.AFTER, 1.0 / self.size) if op == "avg" else (op, Scaling.NONE, 1.0)
 
     def _choose(
-        self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, asked: str | None
-    ) -> Algorithm:
-        """The algorithm. All ranks come to the same one: what only one rank sees is not looked at."""
+        self,
+        collective: Collective,
+        source: View | None,
+        target: View | None,
+        uneven: Uneven,
+        asked: str | Algorithm | None,
+    ) -> Algorithm | str:
+        """The algorithm, or NATIVE. All ranks come to the same one: what only one rank sees is not looked at."""
         if uneven.sent is not None and uneven.matrix is None and asked is None:
             return choose(collective, self.size, 0, FORWARDING_FREE[0])
         match collective:
@@ -194,10 +207,40 @@ class Binder:
             case _:
                 whole = source
         nbytes = whole.count * whole.itemsize if whole else 0
-        return choose(collective, self.size, nbytes, asked, self.reproducible)
+        return choose(collective, self.size, nbytes, asked, self.reproducible, self.hosts)
+
+    def _native(
+        self,
+        collective: Collective,
+        source: View | None,
+        target: View | None,
+        uneven: Uneven,
+        root: int,
+        operator: tuple[str, Scaling, float],
+    ) -> Any:
+        """The engine's own collective."""
+        if self.reproducible:
+            raise ArgumentError(
+                f"{collective.value}: this communicator is reproducible, and {NATIVE} folds in any order: leave it out"
+            )
+        kernel, scaling, factor = operator
+        self._sizes(collective, source, target, uneven, 1)  # it also checks them
+        call = NativeCall(
+            collective,
+            (source or target or _NOTHING).dtype,
+            kernel if collective.reduces else "",
+            root,
+            source.count if source else 0,
+            target.count if target else 0,
+            uneven.counts,
+            uneven.sent,
+            uneven.received,
+            self._describe(collective, source, target, uneven, root, NATIVE),
+        )
+        return prepare_native(self._transport, call, scaling, factor)
 
     def _sizes(
-        self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, chosen: Algorithm
+        self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, blocks: int
     ) -> Sizes:
         call, size = collective.value, self.size
         if collective is Collective.BARRIER:
@@ -206,7 +249,7 @@ class Binder:
             assert source is not None
             if target is not None and target.count != source.count:
                 raise ArgumentError(f"{call}: out must have {source.count} elements as x has, and has {target.count}")
-            return cut(source.count, chosen.blocks(size), source.itemsize)
+            return cut(source.count, blocks, source.itemsize)
         if collective is Collective.ALL_TO_ALL:
             assert source is not None and target is not None
             return self._exchange_sizes(source, target, uneven)
@@ -245,11 +288,11 @@ class Binder:
         target: View | None,
         uneven: Uneven,
         root: int,
-        chosen: Algorithm,
+        chosen: str,
     ) -> str:
         """The call in words that are the same on every rank that makes it."""
         if collective is Collective.BARRIER:
-            return f"barrier({chosen.name})"
+            return f"barrier({chosen})"
         known = (target if collective is Collective.SCATTER else source) or _NOTHING
         what = f"{known.count} elements"
         if collective is Collective.ALL_TO_ALL:
@@ -258,7 +301,7 @@ class Binder:
             what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
         op = f"reproducible {uneven.op}" if self.reproducible else f"{uneven.op}"
         details = [known.dtype, *([op] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
-        return f"{collective.value}({', '.join(details)}, {chosen.name})"
+        return f"{collective.value}({', '.join(details)}, {chosen})"
 
     def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:
         key = (algorithm, root, scaling)

@@ -31,7 +31,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..errors import DeadlineExceeded, TransportError
+from ..errors import ArgumentError, DeadlineExceeded, TransportError
+from ..transports import Transport
 
 TIMEOUT = 300.0
 """Seconds that an exchange waits for all ranks, unless told otherwise."""
@@ -51,6 +52,20 @@ class Bootstrap(ABC):
             DeadlineExceeded: some ranks did not call it; the message names them where that can be known.
             TransportError: the way to them is broken.
         """
+
+    def network(self, kind: str | None) -> Transport:
+        """A transport to all ranks that needs no common host. Collective.
+
+        Args:
+            kind: "mpi" or "gloo"; None for what the ranks were started with.
+
+        Raises:
+            TransportError: these ranks have no such way to each other.
+        """
+        raise TransportError(
+            f"{kind or 'several hosts'}: how these ranks were started tells no way from host to host: start them by "
+            "mpirun (MPI's messages) or torchrun (Gloo's)"
+        )
 
 
 class Alone(Bootstrap):
@@ -91,6 +106,15 @@ class StoreBootstrap(Bootstrap):
         self.round += 1
         return gathered
 
+    def network(self, kind: str | None) -> Transport:
+        """Gloo's messages: see `Bootstrap.network`."""
+        if kind == "mpi":
+            raise TransportError("mpi: these ranks meet by a store, and MPI does not know them: start them by mpirun")
+        from ..transports.gloo import GlooTransport
+
+        prefixed = importlib.import_module("torch.distributed").PrefixStore(f"{self.prefix}/gloo", self.store)
+        return GlooTransport(prefixed, self.rank, self.size, self.timeout)
+
     def _key(self, round: int, rank: int) -> str:
         return f"{self.prefix}/{round}/{rank}"
 
@@ -106,6 +130,20 @@ class MPIBootstrap(Bootstrap):
         self.comm, request = comm.Idup()
         self._finish(request)
 
+    @classmethod
+    def of(cls, comm: Any, timeout: float = TIMEOUT) -> MPIBootstrap:
+        """The ranks of a communicator of mpi4py's.
+
+        Raises:
+            ArgumentError: it is no such, or this process is not in it.
+        """
+        mpi = _mpi("comm= says that MPI")
+        if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+            raise ArgumentError(
+                f"init: comm must be an intra-communicator of mpi4py's that this process is in, and is {comm!r}"
+            )
+        return cls(comm, timeout)
+
     def exchange(self, data: bytes) -> list[bytes]:
         """What every rank gave: first the lengths, then the bytes (not mpi4py's allgather, which unpickles)."""
         lengths = memoryview(bytearray(8 * self.size)).cast("q")
@@ -115,6 +153,14 @@ class MPIBootstrap(Bootstrap):
         gathered = bytearray(starts[-1])
         self._finish(self.comm.Iallgatherv(data, [gathered, counts, starts[:-1], _mpi().BYTE]))
         return [bytes(gathered[start : start + count]) for start, count in zip(starts, counts)]
+
+    def network(self, kind: str | None) -> Transport:
+        """MPI's messages: see `Bootstrap.network`."""
+        if kind == "gloo":
+            raise TransportError("gloo: MPI started these ranks, and they share no store: start them by torchrun")
+        from ..transports.mpi import MPITransport
+
+        return MPITransport(self.comm)
 
     def _finish(self, request: Any) -> None:
         poll(lambda: [] if request.Test() else None, self.timeout, self)

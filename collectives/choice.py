@@ -7,13 +7,19 @@ whether the communicator is reproducible. Such a one runs only algorithms that r
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from ..algorithms import Algorithm, Collective, algorithms, canonical, lookup
+from ..algorithms.groups import written
+from ..algorithms.parameters import split_outside
 from ..errors import ArgumentError, UnknownAlgorithm
 
 ENVIRONMENT = "ABCCL_ALGORITHM"
-"""Forces an algorithm: "ring", or "all_reduce=ring,broadcast=tree". Read when a call of some kind is first seen. An
-all_to_all with splits follows only `algorithm=`: others may have to gather all sizes first."""
+"""Forces an algorithm: "ring", or "all_reduce=ring,broadcast=knomial(radix=8)". Read when a call of some kind is first
+seen. An all_to_all with splits follows only `algorithm=`: others may have to gather all sizes first."""
+
+NATIVE = "native"
+"""In the place of an algorithm's name: the collective that the transport's engine has of its own, MPI's or Gloo's."""
 
 REPRODUCIBLE = "ABCCL_REPRODUCIBLE"
 """Whether communicators are reproducible, 0 or 1, where their maker does not say. Read when one is made."""
@@ -41,6 +47,18 @@ _RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
     Collective.GATHER: ((_ANY, _ANY, "direct"),),
     Collective.SCATTER: ((_ANY, _ANY, "direct"),),
     Collective.BARRIER: ((_ANY, _ANY, "recursive_doubling"),),
+}
+
+# The same for ranks on several hosts.
+_HOSTS_RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
+    **_RULES,
+    Collective.ALL_REDUCE: ((_ANY, _ANY, "hierarchical"),),
+    Collective.REDUCE_SCATTER: ((_ANY, _ANY, "hierarchical"),),
+    Collective.ALL_GATHER: ((_ANY, _ANY, "hierarchical"),),
+    Collective.BROADCAST: ((_ANY, _ANY, "hierarchical"),),
+    Collective.ALL_TO_ALL: ((_ANY, _ANY, "hierarchical"),),
+    Collective.REDUCE: ((_ANY, _ANY, "hierarchical"),),
+    Collective.BARRIER: ((_ANY, _ANY, "hierarchical"),),
 }
 
 # The same for reproducible communicators: each is canonical for as many ranks, so that none needs to be replayed.
@@ -72,11 +90,22 @@ def is_reproducible(asked: bool | None) -> bool:
 
 
 def choose(
-    collective: Collective, size: int, nbytes: int, asked: str | None = None, reproducible: bool = False
-) -> Algorithm:
+    collective: Collective,
+    size: int,
+    nbytes: int,
+    asked: str | Algorithm | None = None,
+    reproducible: bool = False,
+    hosts: Sequence[Sequence[int]] = (),
+) -> Algorithm | str:
     """The algorithm for a call: what was asked for, else what the environment forces, else the rule's.
 
     What a user has named need not be reproducible: `check_reproducible` tells.
+
+    Args:
+        hosts: the ranks by host; what goes through groups of ranks goes through these, unless its name tells others.
+
+    Returns:
+        The algorithm; NATIVE for the engine's own collective.
 
     Raises:
         UnknownAlgorithm: none of that name.
@@ -84,18 +113,32 @@ def choose(
     """
     name = _forced(collective) if asked is None else asked
     if name is not None:
+        if name == NATIVE:
+            return NATIVE
         try:
-            chosen = lookup(collective, name)
+            chosen = _of(collective, name, hosts)
         except UnknownAlgorithm as error:
             raise UnknownAlgorithm(f"{error}" if asked is not None else f"{ENVIRONMENT}: {error}") from None
         wants = chosen.refusal(size)
         if wants:
             raise ArgumentError(
-                f"{collective.value}: {name} wants {wants}, and there are {size}: choose another algorithm"
+                f"{collective.value}: {chosen.name} wants {wants}, and there are {size}: choose another algorithm"
             )
         return chosen
-    rows = (reproducible and _REPRODUCIBLE_RULES.get(collective)) or _RULES[collective]
-    return lookup(collective, next(name for ranks, most, name in rows if size <= ranks and nbytes <= most))
+    usual = _HOSTS_RULES if len(hosts) > 1 else _RULES
+    rows = (reproducible and _REPRODUCIBLE_RULES.get(collective)) or usual[collective]
+    return _of(collective, next(name for ranks, most, name in rows if size <= ranks and nbytes <= most), hosts)
+
+
+def _of(collective: Collective, name: str | Algorithm, hosts: Sequence[Sequence[int]]) -> Algorithm:
+    """The algorithm of that name, among the groups of ranks that the hosts are if it says nothing of groups."""
+    found = name if isinstance(name, Algorithm) else lookup(collective, name)
+    if found.collective is not collective:
+        raise ArgumentError(f"{collective.value}: the algorithm given is one for {found.collective.value}")
+    levels = dict(found.parameters).get("levels")
+    if levels is None or levels != found.declared["levels"].default or len(hosts) < 2:
+        return found
+    return found.bind(levels=written(hosts))
 
 
 def check_reproducible(algorithm: Algorithm, size: int, root: int, dtype: str) -> None:
@@ -122,16 +165,17 @@ def _forced(collective: Collective) -> str | None:
     """The environment's wish for this collective; a name without a collective is for those that know it."""
     text = os.environ.get(ENVIRONMENT, "")
     general = None
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        left, equals, right = part.partition("=")
-        if equals and left not in {c.value for c in Collective}:
+    for part in filter(None, split_outside(text, ",")):
+        left, *right = split_outside(part, "=")
+        if right and left not in {c.value for c in Collective}:
             raise ArgumentError(f"{ENVIRONMENT}={text!r}: {left!r} is no collective: write all_reduce=ring, or ring")
-        if equals and left == collective.value:
-            return right
-        if not equals:
+        if right and left == collective.value:
+            return "=".join(right)
+        if not right:
             general = left
-    if general is None or general in algorithms(collective):
+    family = general and general.partition("(")[0]
+    if general in (None, NATIVE) or family in algorithms(collective):
         return general
-    if not any(general in algorithms(other) for other in Collective):
+    if not any(family in algorithms(other) for other in Collective):
         raise UnknownAlgorithm(f"{ENVIRONMENT}={text!r}: no collective has an algorithm called {general!r}")
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,19 +17,24 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Collective, registry
-from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError, TransportError
-from ..transports import Transport, _native
+from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError
+from ..transports import Execution, Transport, _native
+from ..transports.joint import JointTransport
 from ..transports.shm import ShmPlan, ShmTransport
+from ..transports.topology import Topology, alone
 from .arrays import Array, view
 from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
-from .bootstrap import Bootstrap, find
+from .bootstrap import TIMEOUT as MEETING_TIMEOUT
+from .bootstrap import Bootstrap, MPIBootstrap, find
 from .choice import is_reproducible
+from .driver import Driver
 from .members import Members
 from .memory import RegisteredMemory, empty, heap_bytes
 from .messages import MessageCalls
 from .persistent import Persistent, PersistentCalls, PersistentExecution
+from .reach import reach, wanted_transport
 from .shortcut import shortcut
-from .work import Work, WorkQueue
+from .work import Work
 
 TIMEOUT = 600.0
 """Seconds that an operation waits for its peers, unless told otherwise."""
@@ -56,25 +60,32 @@ class Communicator(PersistentCalls, MessageCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
-    in host memory. Calls from several threads are serialised. After a CollectiveError the communicator is
-    broken. send, recv and split are there over shm only.
+    in host memory. Calls from several threads are serialised. After a CollectiveError the communicator is broken.
 
     Attributes:
         rank: this rank, from 0.
         size: how many ranks there are.
         timeout: seconds that an operation waits for its peers.
+        topology: which ranks share a host. Print it.
     """
 
-    def __init__(self, transport: Transport, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        timeout: float = TIMEOUT,
+        reproducible: bool | None = None,
+        topology: Topology | None = None,
+    ) -> None:
         self.rank, self.size, self.timeout = transport.rank, transport.size, timeout
+        self.topology = topology or alone(transport.size)
         self._transport = transport
         self._native = transport.native if isinstance(transport, ShmTransport) else None
-        self._queue = WorkQueue(f"abccl rank {transport.rank}")
+        self._driver = Driver(transport)
         self._generation = _native.fork_generation()
         self._closed = False
-        self._binder = Binder(transport, is_reproducible(reproducible))
-        registers = isinstance(transport, ShmTransport) and transport.registers
-        self._memory = RegisteredMemory(self._native, heap_bytes(self.size)) if registers else None
+        self._binder = Binder(transport, is_reproducible(reproducible), self.topology.groups)
+        self._memory = _registered(transport)
         self._interned: dict[Uneven, Uneven] = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
@@ -242,7 +253,7 @@ class Communicator(PersistentCalls, MessageCalls):
         """An array in registered memory, its elements undefined: collectives on it copy nothing on the way.
 
         Not collective, but it pays where all ranks have such arrays. Any array of numpy's or torch's may be made a view
-        of it. Where peers can not map it, as over a transport other than shm, it is ordinary memory. A forked child
+        of it. Where peers can not map it, as over a network, it is ordinary memory. A forked child
         shares it with its parent: it must not write to it.
 
         Args:
@@ -267,8 +278,6 @@ class Communicator(PersistentCalls, MessageCalls):
         for name, value in (("color", color), ("key", key)):
             if not isinstance(value, (int, np.integer)) and not (name == "color" and value is None):
                 raise ArgumentError(f"split: {name} must be an integer, and is {value!r}")
-        if self._native is None:
-            raise TransportError(f"split is served by the shm transport, and this is one over {self._transport.name}")
         mine = np.array([color is not None, color or 0, key], dtype=np.int64)
         everyone = np.empty((self.size, 3), dtype=np.int64)
         self.all_gather(everyone, mine)
@@ -277,12 +286,10 @@ class Communicator(PersistentCalls, MessageCalls):
             return None
         members = [r for r in range(self.size) if everyone[r, 0] and everyone[r, 1] == color]
         members.sort(key=lambda r: (int(everyone[r, 2]), r))
-        return _connect(
-            Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20)),
-            self._transport.name,
-            self.timeout,
-            self.reproducible,
-        )
+        network = partial(self._transport.split, members, f"{number}/{members[0]}")
+        meeting = Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20), network)
+        name = self._transport.name
+        return _connect(meeting, None if name == "joint" else name, self.timeout, self.reproducible)
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
@@ -292,7 +299,7 @@ class Communicator(PersistentCalls, MessageCalls):
         self._dispatcher.set_timeout(self.timeout)
 
     def observe(self, observer: Callable[[str], Callable[[Any], None]] | None) -> None:
-        """From now on tell `observer` of each collective of the shm transport, in its caller's thread; None ends it.
+        """From now on tell `observer` of each collective on one host, in its caller's thread; None ends it.
 
         It gets the call in words ("all_reduce(float32, sum, 4 elements, ring)") before the call starts, and what it
         returns is called with the Work when it has started, or with None when it has run or failed.
@@ -309,6 +316,7 @@ class Communicator(PersistentCalls, MessageCalls):
         if self._closed or self._generation != _native.fork_generation():
             return
         self._closed = True
+        self._driver.close(ClosedError("the communicator was closed while this operation was pending"))
         self._transport.close()
 
     def __enter__(self) -> Communicator:
@@ -383,15 +391,10 @@ class Communicator(PersistentCalls, MessageCalls):
         self, prepared: Any, x: Array, out: Array, x_address: int, out_address: int, asynchronous: bool
     ) -> Work | None:
         """Run a plan of a transport that is not native."""
-
-        def operation() -> None:
-            keep = (x, out)
-            prepared.start(x_address, out_address).wait(time.monotonic() + self.timeout)
-            del keep
-
+        start: Callable[[], Execution] = partial(prepared.start, x_address, out_address)
         if asynchronous:
-            return self._queue.submit(operation)
-        self._queue.run(operation)
+            return self._driver.submit(start, self.timeout, (x, out))
+        self._driver.run(start, self.timeout, (x, out))
         return None
 
     def _check_usable(self) -> None:
@@ -404,14 +407,19 @@ class Communicator(PersistentCalls, MessageCalls):
             )
 
 
-def init(transport: str | None = None, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> Communicator:
+def init(
+    transport: str | None = None, *, comm: Any = None, timeout: float = TIMEOUT, reproducible: bool | None = None
+) -> Communicator:
     """The communicator of all processes that were started together. Collective.
 
     Finds out how this process was started: by `abccl.spawn`, torchrun, mpirun (Open MPI, MPICH) or srun; else it is
-    alone.
+    alone. Ranks that can attach to each other's memory use it; others are reached by MPI if mpirun started them, else
+    by Gloo's messages. `Communicator.topology` tells which ranks share a host.
 
     Args:
-        transport: "shm" (shared memory, one host), which is also the default.
+        transport: "shm" (shared memory, one host), "mpi" or "gloo" for all ranks. None: as ABCCL_TRANSPORT says; the
+            best for each pair, by default. The same on all ranks.
+        comm: a communicator of mpi4py; its ranks, instead of all that were started together.
         timeout: seconds that an operation waits for its peers.
         reproducible: whether all_reduce, reduce_scatter and reduce give the same bits for a given number of ranks,
             whatever the algorithm, the segments and the length of the vector. None: as ABCCL_REPRODUCIBLE says, 0 or
@@ -419,23 +427,36 @@ def init(transport: str | None = None, *, timeout: float = TIMEOUT, reproducible
 
     Raises:
         TransportError: the ranks can not be found or can not reach each other.
-        ArgumentError: no such transport; ABCCL_REPRODUCIBLE is neither 0 nor 1.
+        ArgumentError: no such transport; ABCCL_REPRODUCIBLE is neither 0 nor 1; `comm` is no communicator of mpi4py's.
     """
-    return _connect(find(), transport or "shm", timeout, reproducible)
+    wanted_transport(transport)  # or an error, before the ranks meet
+    meeting = find() if comm is None else MPIBootstrap.of(comm, MEETING_TIMEOUT)
+    return _connect(meeting, transport, timeout, reproducible)
 
 
-def connect(bootstrap: Bootstrap, *, timeout: float = TIMEOUT, reproducible: bool | None = None) -> Communicator:
+def connect(
+    bootstrap: Bootstrap,
+    *,
+    transport: str | None = None,
+    timeout: float = TIMEOUT,
+    reproducible: bool | None = None,
+) -> Communicator:
     """The communicator of the ranks that the bootstrap knows; the rest as in `init`. Collective."""
-    return _connect(bootstrap, "shm", timeout, reproducible)
+    return _connect(bootstrap, transport, timeout, reproducible)
 
 
-def _connect(bootstrap: Bootstrap, transport: str, timeout: float, reproducible: bool | None) -> Communicator:
-    if transport != "shm":
-        raise ArgumentError(f"no transport is called {transport!r} here: there is shm (shared memory, one host)")
-    reproducible = is_reproducible(reproducible)  # or an error, before the ranks meet
-    return Communicator(
-        ShmTransport(bootstrap.rank, bootstrap.size, bootstrap.exchange), timeout=timeout, reproducible=reproducible
-    )
+def _connect(bootstrap: Bootstrap, transport: str | None, timeout: float, reproducible: bool | None) -> Communicator:
+    wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
+    reached, topology = reach(bootstrap, wanted)
+    return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology)
+
+
+def _registered(transport: Transport) -> RegisteredMemory | None:
+    """Memory that the ranks of the own host can map, if they can."""
+    local = transport.local if isinstance(transport, JointTransport) else transport
+    if not isinstance(local, ShmTransport) or not local.registers:
+        return None
+    return RegisteredMemory(local.native, heap_bytes(transport.size))
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..transports import Transport
 from .bootstrap import Bootstrap
 
 
@@ -18,10 +19,18 @@ class Members(Bootstrap):
         own: this rank, in the parent.
         members: the parent's ranks, in the new group's order.
         tag: theirs alone.
+        network: makes a transport of these ranks that needs no common host: see `Transport.split`.
     """
 
-    def __init__(self, transfer: Callable[..., Any], own: int, members: list[int], tag: int) -> None:
-        self._transfer, self._own, self._members, self._tag = transfer, own, members, tag
+    def __init__(
+        self,
+        transfer: Callable[..., Any],
+        own: int,
+        members: list[int],
+        tag: int,
+        network: Callable[[], Transport],
+    ) -> None:
+        self._transfer, self._own, self._members, self._tag, self._network = transfer, own, members, tag, network
         self.rank, self.size = members.index(own), len(members)
 
     def exchange(self, data: bytes) -> list[bytes]:
@@ -29,6 +38,10 @@ class Members(Bootstrap):
         lengths = self._all(np.array([len(data)], dtype=np.int64), [1] * self.size)
         mine = np.frombuffer(data, dtype=np.uint8)
         return [blob.tobytes() for blob in self._all(mine, [int(length[0]) for length in lengths])]
+
+    def network(self, kind: str | None) -> Transport:
+        """See `Bootstrap.network`: a part of the parent's."""
+        return self._network()
 
     def _all(self, mine: np.ndarray[Any, Any], counts: list[int]) -> list[np.ndarray[Any, Any]]:
         theirs = [np.empty(count, dtype=mine.dtype) for count in counts]

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, TransportError
-from ..transports import ANY_SOURCE, Transport
-from .arrays import Array, view
+from ..errors import ArgumentError
+from .arrays import Array, bytes_at, view
+from .driver import DrivenWork, Driver
+from .mailbox import ANY_SOURCE
 
 
 class MessageCalls(ABC):
@@ -18,8 +19,8 @@ class MessageCalls(ABC):
     rank: int
     size: int
     timeout: float
-    _transport: Transport
     _native: Any
+    _driver: Driver
     _messages: list[Any]
 
     @abstractmethod
@@ -50,8 +51,10 @@ class MessageCalls(ABC):
     def wait_message(self, work: Any) -> None:
         """Wait in this thread for a send or recv with `async_op`: for a short message sooner than `work.wait()`."""
         self._check_usable()
-        assert self._native is not None
-        self._native.wait_message(work)
+        if isinstance(work, DrivenWork):
+            work.wait()
+        else:
+            self._native.wait_message(work)
 
     def _message(self, call: str, x: Array, peer: int | None, tag: int | None, asynchronous: bool) -> Any:
         self._check_usable()
@@ -70,12 +73,16 @@ class MessageCalls(ABC):
     def _transfer(
         self, call: str, peer: int, tag: int | None, address: int, nbytes: int, keep: Any, asynchronous: bool
     ) -> Any:
+        work: Any
         if self._native is None:
-            raise TransportError(
-                f"{call}: messages between ranks are served by the shm transport, and this communicator runs over "
-                f"{self._transport.name}"
-            )
-        if call == "send":
+            data = bytes_at(address, nbytes)
+            if call == "send":
+                work = self._driver.send(peer, tag or 0, data, self.timeout, keep)
+            else:
+                work = self._driver.receive(peer, tag, data, self.timeout, keep)
+            if asynchronous:
+                self._driver.in_background()
+        elif call == "send":
             work = self._native.post_send(peer, tag or 0, address, nbytes, keep, self.timeout, asynchronous)
         else:
             work = self._native.post_receive(peer, tag, address, nbytes, keep, self.timeout, asynchronous)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -80,54 +78,3 @@ def timed(operation: Callable[[], None]) -> Times:
     started = time.monotonic()
     operation()
     return started, time.monotonic()
-
-
-class WorkQueue:
-    """Runs operations one after the other: in their caller's thread if nothing is queued, else on a thread of its own.
-
-    The thread lives as long as there is something queued.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()
-        self._running = threading.Lock()
-        self._queue: deque[tuple[Future[Times], Callable[[], None]]] = deque()
-        self._active = False
-
-    def run(self, operation: Callable[[], None]) -> None:
-        """Run the operation behind what is queued; returns when it is done, or raises what it raised."""
-        with self._lock:
-            direct = not self._active and self._running.acquire(blocking=False)
-        if not direct:
-            self.submit(operation).wait()
-            return
-        try:
-            operation()
-        finally:
-            self._running.release()
-
-    def submit(self, operation: Callable[[], None]) -> Work:
-        """Queue the operation."""
-        future: Future[Times] = Future()
-        with self._lock:
-            self._queue.append((future, operation))
-            if not self._active:
-                self._active = True
-                threading.Thread(target=self._drain, name=self._name, daemon=True).start()
-        return QueuedWork(future)
-
-    def _drain(self) -> None:
-        while True:
-            with self._lock:
-                if not self._queue:
-                    self._active = False
-                    return
-                future, operation = self._queue.popleft()
-            with self._running:
-                try:
-                    times = timed(operation)
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(times)

@@ -13,7 +13,8 @@ from abccl.errors import Aborted, ArgumentError, DeadlineExceeded, Mismatch
 from abccl.transports import _native, inproc
 from abccl.transports.contract import Execution, Request
 from abccl.transports.inproc import InprocTransport
-from abccl.transports.portable import HEADER, PortablePlan
+from abccl.transports.message import HEAD_BYTES
+from abccl.transports.portable import PortablePlan
 from abccl.transports.trial import Case, Trial
 from abccl.transports.types import NUMBERS, OPERATORS, TYPES, check_operator, numpy_dtype, numpy_operator
 
@@ -28,7 +29,7 @@ class Recording(InprocTransport):
         self.sent: list[tuple[int, int]] = []
 
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
-        self.sent.append((tag, len(data) - HEADER.size))
+        self.sent.append((tag, len(data) - HEAD_BYTES))
         return super().post_send(peer, tag, data)
 
 
@@ -113,7 +114,7 @@ def test_counts_that_differ_under_one_signature_are_seen() -> None:
     trials = [Trial(transport, case) for transport, case in zip(transports, cases)]
     assert isinstance(trials[1].prepared, PortablePlan)
     trials[1].prepared.operation = trials[0].prepared.operation  # type: ignore[attr-defined]
-    trials[1].prepared.text = trials[0].prepared.text  # type: ignore[attr-defined]
+    trials[1].prepared.heads = trials[0].prepared.heads  # type: ignore[attr-defined]
     text = message(Mismatch, [trial.start() for trial in trials])
     assert "32 bytes" in text and "it sends these blocks of segment 0, 36 bytes" in text
 

@@ -1,13 +1,13 @@
 """Transports: how bytes move between ranks, and the engines that run plans."""
 
-from .contract import ANY_SOURCE, USER_TAGS, Execution, Operation, Prepared, Request, Transport
+from .contract import USER_TAGS, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import InprocTransport, inproc
 
 __all__ = [
-    "ANY_SOURCE",
     "USER_TAGS",
     "Execution",
     "InprocTransport",
+    "NativeCall",
     "Operation",
     "Prepared",
     "Request",

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from ..algorithms import Collective
 from ..algorithms.plan import Plan
-from ..errors import DeadlineExceeded, Mismatch
-
-ANY_SOURCE = -1
-"""As the peer of `post_recv`: a message from any rank, the first that matches the tag."""
+from ..errors import DeadlineExceeded, Mismatch, TransportError
 
 USER_TAGS = 256
 """The first tag that plans leave alone."""
@@ -45,6 +43,33 @@ class Operation:
     straight: bool = False
 
 
+@dataclass(frozen=True)
+class NativeCall:
+    """A collective of the engine's own: MPI's, Gloo's.
+
+    Attributes:
+        collective: what is called.
+        dtype: the element type, as `transports.types` spells it.
+        op: "sum", "max", ...; "" if nothing is reduced. avg and premul_sum are made of sum by the caller.
+        root: of a rooted collective.
+        input_count, output_count: elements of this rank's buffers.
+        counts: the parts' elements by rank, of a reduce_scatter or all_gather; None if they are equal.
+        sent, received: the parts' elements of an all_to_all; None if they are equal.
+        text: the call in words.
+    """
+
+    collective: Collective
+    dtype: str
+    op: str
+    root: int
+    input_count: int
+    output_count: int
+    counts: tuple[int, ...] | None
+    sent: tuple[int, ...] | None
+    received: tuple[int, ...] | None
+    text: str
+
+
 class Request(Protocol):
     """One posted send or receive."""
 
@@ -54,7 +79,7 @@ class Request(Protocol):
 
     @property
     def source(self) -> int:
-        """For a finished receive: the rank it came from."""
+        """For a receive: the rank it comes from."""
 
     @property
     def wanted(self) -> int:
@@ -106,6 +131,9 @@ class Transport(ABC):
 
     name: ClassVar[str]
 
+    collectives: ClassVar[frozenset[Collective]] = frozenset()
+    """Those that its engine has of its own, for `prepare_native`."""
+
     rank: int
     size: int
 
@@ -128,7 +156,7 @@ class Transport(ABC):
 
     @abstractmethod
     def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
-        """Begin to receive exactly len(into) bytes from `peer`, or from ANY_SOURCE.
+        """Begin to receive exactly len(into) bytes from `peer`.
 
         Of a message of another length what fits is delivered, and the request's `length` tells; `wait` raises
         `Mismatch` and aborts the transport. (A transport that can not tell may do so in `progress`.)
@@ -154,6 +182,29 @@ class Transport(ABC):
     @abstractmethod
     def prepare(self, plan: Plan, operation: Operation) -> Prepared:
         """Make a plan ready to run; the portable engine's `PortablePlan(self, plan, operation)` serves all."""
+
+    def prepare_native(self, call: NativeCall) -> Prepared:
+        """Make a collective of the engine's own ready to run; all ranks make the same ones in the same order.
+
+        Raises:
+            ArgumentError: the engine has no such collective, type or operator.
+        """
+        raise TransportError(f"{self.name} has no collectives of its own: leave out algorithm='native'")
+
+    def split(self, members: Sequence[int], name: str) -> Transport:
+        """A transport of these ranks, in this order. Only they call it.
+
+        Args:
+            name: no other split of this transport has it.
+        """
+        raise TransportError(f"{self.name} makes no transport of a part of its ranks")
+
+    def set_bell(self, ring: Callable[[], None]) -> bool:
+        """Call `ring`, from any thread, whenever `progress` may find something new.
+
+        False if this transport must be asked: nobody tells it.
+        """
+        return False
 
     def idle(self, deadline: float) -> None:
         """Give the processor away until `progress` may find something, at most until `deadline`; may return early."""

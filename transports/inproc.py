@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..algorithms.plan import Plan
 from ..errors import ArgumentError, ClosedError, PeerLost
-from .contract import ANY_SOURCE, Operation, Prepared, Request, Transport
+from .contract import Operation, Prepared, Request, Transport
 from .portable import PortablePlan
 
 
@@ -31,8 +31,8 @@ class _Post:
 class _Message:
     """An unread message: the sender's own memory, or a copy of it."""
 
-    def __init__(self, source: int, post: _Post, order: int) -> None:
-        self.source, self.post, self.data, self.order = source, post, post.data, order
+    def __init__(self, source: int, post: _Post) -> None:
+        self.source, self.post, self.data = source, post, post.data
         self.copied = False
 
     def copy(self) -> None:
@@ -48,14 +48,8 @@ class InprocGroup:
         self.changed = [threading.Condition(self.lock) for _ in range(size)]
         self.news = [True] * size
         self.mail: list[dict[tuple[int, int], deque[_Message]]] = [{} for _ in range(size)]
-        self.order = 0
         self.closed: set[int] = set()
         self.error: Exception | None = None
-
-    def next_order(self) -> int:
-        """The number of a new message. The lock is held."""
-        self.order += 1
-        return self.order
 
     def tell(self, rank: int) -> None:
         """Let a rank know that its next `progress` may find something. The lock is held."""
@@ -93,7 +87,7 @@ class InprocTransport(Transport):
         with self.group.lock:
             self._check_state()
             mail = self.group.mail[peer].setdefault((self.rank, tag), deque())
-            mail.append(_Message(self.rank, post, self.group.next_order()))
+            mail.append(_Message(self.rank, post))
             self.group.buffer(mail)
             self.group.tell(peer)
             self.group.tell(self.rank)
@@ -102,8 +96,7 @@ class InprocTransport(Transport):
 
     def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
         """Note the receive; `progress` looks for its message."""
-        if peer != ANY_SOURCE:
-            self._check_peer(peer)
+        self._check_peer(peer)
         if into.readonly:
             raise ArgumentError("a receive wants writable memory, and this is read-only")
         post = _Post(peer, tag, into)
@@ -164,30 +157,24 @@ class InprocTransport(Transport):
     def _match(self, receive: _Post) -> None:
         if receive.matched:
             return
-        boxes = self.group.mail[self.rank]
-        sources = range(self.size) if receive.peer == ANY_SOURCE else (receive.peer,)
-        filled = [box for source in sources if (box := boxes.get((source, receive.tag)))]
-        if not filled:
+        box = self.group.mail[self.rank].get((receive.peer, receive.tag))
+        if not box:
             return
-        box = min(filled, key=lambda messages: messages[0].order)
         message = box.popleft()
         fits = min(len(message.data), len(receive.data))
         if fits:
             receive.data[:fits] = message.data[:fits]
-        receive.source, receive.length, receive.matched = message.source, len(message.data), True
+        receive.length, receive.matched = len(message.data), True
         message.post.matched = True
         self.group.tell(message.source)
         self.group.buffer(box)
 
     def _lost(self) -> PeerLost | None:
         """The error if a post can not come to its end because its peer is closed. The lock is held."""
-        others = set(range(self.size)) - {self.rank}
         for post in (*self.receives, *self.sends):
-            peers = others if post.peer == ANY_SOURCE else {post.peer}
-            if not post.matched and peers and peers <= self.group.closed:
-                what = "any other rank" if post.peer == ANY_SOURCE else f"rank {post.peer}"
+            if not post.matched and post.peer in self.group.closed:
                 return PeerLost(
-                    f"inproc: rank {self.rank} of {self.size} waits for {what}, which has closed: "
+                    f"inproc: rank {self.rank} of {self.size} waits for rank {post.peer}, which has closed: "
                     f"close only after all ranks are done"
                 )
         return None

@@ -3,9 +3,8 @@
 It walks the plan's code (format: `algorithms/plan.py`) with one program counter per lane, so `progress` never waits.
 A program counter is a generator that stops where a message is missing.
 
-Every message begins with a header: which collective it belongs to (signature, number on this transport, text), and
-which message of it this is (checksum of its blocks, segment). So ranks that call different things get an error that
-names both. A value is copied out when it is sent: what comes after the send may change it while the message waits.
+Every message begins with a head (`message.py`). A value is copied out when it is sent: what comes after the send may
+change it while the message waits.
 Not promised: that a mismatch of collectives that exchange no message is seen before the deadline, or the next message.
 """
 
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import struct
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,13 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..algorithms.plan import Instruction, Operand, Place, Plan, Skeleton
-from ..errors import AbcclError, Aborted, DeadlineExceeded, Mismatch
+from ..errors import AbcclError, Aborted, DeadlineExceeded
 from .contract import Operation, Request, Transport
-
-HEADER = struct.Struct("<IIII176s")
-"""Signature, number of the run, checksum of the blocks, segment, text: three cache lines."""
-
-_TEXT = 176
+from .message import HEAD_BYTES, Heads, Wanted
 
 
 class Kernels(Protocol):
@@ -125,7 +119,7 @@ class PortablePlan:
         self.kernels = kernels()
         self.program = decode(plan.skeleton.code)
         self.table: list[tuple[int, int, int]] = [tuple(row) for row in plan.table.tolist()]
-        self.text = operation.text.encode()[:_TEXT]
+        self.heads = Heads(operation, f"rank {transport.rank} of {transport.size}")
         self.lanes = [_Lane(self, number) for number in range(min(plan.lanes, plan.segments))]
 
     def start(self, input: int, output: int) -> PortableExecution:
@@ -143,10 +137,6 @@ class PortablePlan:
     def is_sent(self, blocks: Sequence[int], segment: int) -> bool:
         """Empty messages of the first segment carry the signature; later ones are left out."""
         return segment == 0 or self.length(blocks, segment) > 0
-
-    def header(self, run: int, tag: int, segment: int) -> bytes:
-        """What stands in front of a message."""
-        return HEADER.pack(self.operation.signature, run, tag, segment, self.text)
 
 
 class PortableExecution:
@@ -228,7 +218,7 @@ class _Lane:
                 longest = max(longest, prepared.length([part[1] for part in instruction.parts], 0))
             elif isinstance(instruction, Receiving):
                 longest = max(longest, prepared.length(instruction.blocks, 0))
-        self.buffer_bytes = HEADER.size + longest
+        self.buffer_bytes = HEAD_BYTES + longest
         self.scratch = _aligned(skeleton.scratch * plan.segment * plan.itemsize)
         self.registers = [_aligned(self.buffer_bytes) for _ in range(skeleton.registers)]
         self.free: list[npt.NDArray[np.uint8]] = []
@@ -289,8 +279,8 @@ class _Lane:
 
     def _send(self, number: int, position: int, sending: Sending, buffer: npt.NDArray[np.uint8]) -> None:
         start = _address(buffer)
-        ctypes.memmove(start, self.prepared.header(number, sending.tag, self.segment), HEADER.size)
-        end = HEADER.size
+        ctypes.memmove(start, self.prepared.heads.make(number, sending.tag, self.segment), HEAD_BYTES)
+        end = HEAD_BYTES
         for part in sending.parts:
             length = self.prepared.length([part[1]], self.segment)
             ctypes.memmove(start + end, self._operand(part), length)
@@ -300,7 +290,7 @@ class _Lane:
         self.departures.append(_Departure(requests, position, buffer))
 
     def _receive(self, position: int, receiving: Receiving, register: int) -> None:
-        length = HEADER.size + self.prepared.length(receiving.blocks, self.segment)
+        length = HEAD_BYTES + self.prepared.length(receiving.blocks, self.segment)
         into = self.registers[register][:length].data
         request = self.transport.post_recv(receiving.peer, self.number, into)
         self.arrivals.append(_Arrival(request, position, register))
@@ -313,28 +303,21 @@ class _Lane:
 
     def _check(self, number: int, arrival: _Arrival) -> None:
         """Raise Mismatch unless the message is the one that was wanted."""
-        prepared, transport = self.prepared, self.transport
+        prepared = self.prepared
         receiving = prepared.program[arrival.position]
         assert isinstance(receiving, Receiving)
-        request, header = arrival.request, bytes(self.registers[arrival.register][: HEADER.size])
-        if request.length == request.wanted and header == prepared.header(number, receiving.tag, self.segment):
+        request, head = arrival.request, bytes(self.registers[arrival.register][:HEAD_BYTES])
+        if request.length == request.wanted and head == prepared.heads.make(number, receiving.tag, self.segment):
             return
-        me, peer = f"rank {transport.rank} of {transport.size}", f"rank {receiving.peer}"
-        if request.length < HEADER.size:
-            raise Mismatch(f"{me} got {request.length} bytes from {peer} that are no message of this library")
-        signature, run, tag, segment, text = HEADER.unpack(header)
-        theirs = text.rstrip(b"\0").decode(errors="replace")
-        called = f"{me} called {prepared.operation.text} #{number + 1}, {peer} called {theirs} #{run + 1}"
-        if (signature, run) != (prepared.operation.signature, number):
-            raise Mismatch(f"{called}: all ranks must call the same collectives in the same order")
-        blocks = _names(prepared.plan.skeleton, receiving.blocks)
-        step = _step(prepared, arrival.position)
-        raise Mismatch(
-            f"{prepared.operation.text} #{number + 1}: at step {step} {me} wants from {peer} blocks {blocks} of "
-            f"segment {self.segment}, {request.wanted - HEADER.size} bytes, and it sends "
-            f"{'these' if tag == receiving.tag else 'other'} blocks of segment {segment}, "
-            f"{request.length - HEADER.size} bytes: check the schedule by `abccl verify`, and the counts on both ranks"
+        wanted = Wanted(
+            receiving.peer,
+            receiving.tag,
+            self.segment,
+            request.wanted - HEAD_BYTES,
+            _step(prepared, arrival.position),
+            _names(prepared.plan.skeleton, receiving.blocks),
         )
+        raise prepared.heads.mismatch(number, wanted, head, request.length)
 
     def _write(self, writing: Writing) -> None:
         prepared, operation = self.prepared, self.prepared.operation
@@ -355,7 +338,7 @@ class _Lane:
         plan, table = self.prepared.plan, self.prepared.table
         if place == Place.MESSAGE:
             before = self.prepared.length(self.received[index][:part], self.segment)
-            return _address(self.registers[index]) + HEADER.size + before
+            return _address(self.registers[index]) + HEAD_BYTES + before
         if place == Place.SCRATCH:
             return self.bases[Place.SCRATCH] + index * plan.segment * plan.itemsize
         offset = table[block][1 if place == Place.INPUT else 2] + self.segment * plan.segment

@@ -13,21 +13,20 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..algorithms import Collective, lookup
 from ..algorithms.plan import Plan, bind, cut, lower
 from ..errors import AbcclError, Aborted, ArgumentError, DeadlineExceeded, Mismatch, PeerLost, TransportError
 from . import _native
 from .contract import Execution, Operation, Request, Transport
+from .topology import Exchange, host_identity
 from .types import NUMBERS, OPERATORS
-
-Exchange = Callable[[bytes], list[bytes]]
-"""An all-gather of small blobs among the ranks, in rank order."""
 
 LANES = 4
 SLOTS = 4
@@ -63,6 +62,8 @@ class ShmTransport(Transport):
 
     Args:
         exchange: an all-gather of small blobs among the ranks; called the same number of times on each.
+        names: what messages to people call these ranks, where they are some of others; then what they call the others.
+        named: whether to find each other's memory by name; None tries without, then with.
 
     Raises:
         TransportError: on all ranks, if any can not attach to another's memory; the message names them.
@@ -70,13 +71,25 @@ class ShmTransport(Transport):
 
     name = "shm"
 
-    def __init__(self, rank: int, size: int, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        exchange: Exchange,
+        names: Sequence[int] | None = None,
+        named: bool | None = None,
+    ) -> None:
         self.rank, self.size = rank, size
+        self.names = list(names or range(size))
         self.lanes = LANES
         self.slot_bytes = slot_bytes(size)
         self.geometry = _native.Geometry(size, LANES, SLOTS, self.slot_bytes)
         self._timeout = 365 * 86400.0  # of the verbs, whose callers have deadlines of their own
-        refusals = self._connect(exchange, named=False) and self._connect(exchange, named=True)
+        refusals: list[str] = []
+        for way in (False, True) if named is None else (named,):
+            refusals = self._connect(exchange, way)
+            if not refusals:
+                break
         if refusals:
             raise TransportError(
                 f"shm serves ranks of one host and one user, and of {size} ranks not all can attach to each other: "
@@ -116,6 +129,7 @@ class ShmTransport(Transport):
         self._region, self._named = region, named
         self.registers = not named  # peers map a rank's registered memory through its process entry
         self.native = _native.Communicator(self.rank, self.geometry, region)
+        self.native.set_names(self.names)
         self.native.announce(token)
         cores = sorted(os.sched_getaffinity(0))
         card = {"host": host_identity(), "pid": os.getpid(), "cores": cores}
@@ -193,12 +207,22 @@ class ShmTransport(Transport):
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""
+        return ShmPlan(self, self.native_plan(plan, operation, plan.skeleton.code))
+
+    def native_plan(self, plan: Plan, operation: Operation, code: npt.NDArray[np.int32], remotes: int = 0) -> Any:
+        """The plan in the native core.
+
+        Args:
+            code: the plan's, its peers numbered by this transport.
+            remotes: how many peers are numbered behind this transport's ranks.
+        """
         skeleton = plan.skeleton
-        native = _native.Plan(
-            code=skeleton.code,
+        return _native.Plan(
+            code=code,
             table=plan.table.reshape(-1),
-            rank=skeleton.rank,
-            size=skeleton.size,
+            rank=self.rank,
+            size=self.size,
+            remotes=remotes,
             input_count=plan.input_count,
             output_count=plan.output_count,
             scratch=skeleton.scratch,
@@ -215,17 +239,16 @@ class ShmTransport(Transport):
             names=[str(block) for block in skeleton.blocks],
             communicator=self.native,
         )
-        return ShmPlan(self, native)
 
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
         """See `Transport.post_send`."""
         work = self.native.post_send(peer, tag, _address(data), data.nbytes, data, self._timeout, False)
-        return _Message(work, data.nbytes)
+        return _Message(work, data.nbytes, self.names[peer])
 
     def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
         """See `Transport.post_recv`."""
         work = self.native.post_receive(peer, tag, _address(into), into.nbytes, into, self._timeout, False)
-        return _Message(work, into.nbytes)
+        return _Message(work, into.nbytes, self.names[peer])
 
     def progress(self) -> None:
         """See `Transport.progress`."""
@@ -278,16 +301,12 @@ class _Run:
 class _Message:
     """A posted send or receive; done only once its transport has looked."""
 
-    def __init__(self, work: Any, wanted: int) -> None:
-        self._work, self.wanted, self.length = work, wanted, wanted
+    def __init__(self, work: Any, wanted: int, source: int) -> None:
+        self._work, self.wanted, self.length, self.source = work, wanted, wanted, source
 
     @property
     def done(self) -> bool:
         return bool(self._work.is_completed()) and bool(self._work.finishes_within(0.0))
-
-    @property
-    def source(self) -> int:
-        return int(self._work.source)
 
 
 def _address(data: memoryview) -> int:
@@ -311,33 +330,3 @@ def shm_threads(size: int) -> list[ShmTransport]:
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(connect, range(size)))
-
-
-def host_identity() -> str:
-    """What must be equal for two processes to be on one host: kernel, network and process namespaces, user.
-
-    Processes of different network namespaces can open each other's memory, and still are different hosts to all that
-    talks over a network.
-    """
-
-    def read(path: str) -> str:
-        try:
-            with open(path, encoding="ascii") as file:
-                return file.read().strip()
-        except OSError:
-            return "?"
-
-    def namespace(name: str) -> str:
-        try:
-            return os.readlink(f"/proc/self/ns/{name}")
-        except OSError:
-            return "?"
-
-    parts: Sequence[str] = (
-        read("/proc/sys/kernel/random/boot_id"),
-        namespace("net"),
-        namespace("pid"),
-        namespace("user"),
-        str(os.getuid()),
-    )
-    return " ".join(parts)

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatcher.hpp"
+#include "driven.hpp"
 #include "failure.hpp"
 #include "fold.hpp"
 #include "gil.hpp"
@@ -44,7 +45,7 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
                                 int64_t input_count, int64_t output_count, int32_t scratch, int32_t registers,
                                 int64_t segment, int64_t segments, int32_t lanes, bool straight, int32_t type,
                                 int32_t op, double factor, uint32_t signature, std::string text,
-                                std::vector<std::string> names, const Communicator& communicator) {
+                                std::vector<std::string> names, const Communicator& communicator, int32_t remotes) {
     if (type < 0 || type >= type_count || op < 0 || op >= op_count)
         throw Failure(Kind::argument, "the plan's type or operator has no such number");
     PlanParameters parameters{items(code),
@@ -64,7 +65,8 @@ std::shared_ptr<Plan> make_plan(const py::array_t<int32_t, py::array::c_style>& 
                               factor,
                               signature,
                               std::move(text),
-                              std::move(names)};
+                              std::move(names),
+                              remotes};
     const Geometry& geometry = communicator.endpoint.geometry();
     return std::make_shared<Plan>(std::move(parameters), geometry.lanes, geometry.slot_bytes);
 }
@@ -172,7 +174,7 @@ PYBIND11_MODULE(_native, m) {
              py::arg("input_count"), py::arg("output_count"), py::arg("scratch"), py::arg("registers"),
              py::arg("segment"), py::arg("segments"), py::arg("lanes"), py::arg("straight"), py::arg("type"),
              py::arg("op"), py::arg("factor"), py::arg("signature"), py::arg("text"), py::arg("names"),
-             py::arg("communicator"))
+             py::arg("communicator"), py::arg("remotes") = 0)
         .def_property_readonly("text", [](const Plan& plan) { return plan.parameters.text; });
 
     py::class_<PendingWork, std::shared_ptr<PendingWork>>(
@@ -255,6 +257,9 @@ PYBIND11_MODULE(_native, m) {
         .def("can_read", [](Communicator& c, uint32_t peer, uint64_t address,
                             uint64_t token) { return c.endpoint.can_read(peer, address, token); })
         .def_property_readonly("address_of_token", [](Communicator& c) { return c.endpoint.address_of_token(); })
+        .def("set_names", [](Communicator& c, std::vector<uint32_t> names) { c.endpoint.set_names(std::move(names)); })
+        .def(
+            "ring", [](Communicator& c) { c.endpoint.ring_self(); }, "Wake this rank's own sleeping threads.")
         .def("set_pull", [](Communicator& c, bool pull) { c.endpoint.set_pull(pull); })
         .def("set_way", [](Communicator& c, std::optional<int> way) { c.endpoint.set_way(way); })
         .def("heap", [](Communicator& c, size_t bytes) { return c.endpoint.heap(bytes); })
@@ -293,5 +298,6 @@ PYBIND11_MODULE(_native, m) {
             "is_completed", [](Persistent& p) { return p.started()->work->finished(); },
             "Whether what was started is finished, well or not.");
     add_shortcut(m);
+    add_driven(m);
     m.def("fork_generation", &fork_generation);
 }

@@ -87,8 +87,7 @@ std::exception_ptr Communicator::settle(const std::string& doing) {
     } catch (const Failure&) {
         return std::current_exception();
     } catch (...) {
-        const Failure failure(Kind::aborted,
-                              "rank " + std::to_string(endpoint.rank()) + " was interrupted in " + doing);
+        const Failure failure(Kind::aborted, endpoint.name(endpoint.rank()) + " was interrupted in " + doing);
         endpoint.abort(static_cast<uint32_t>(failure.kind), failure.what());
         return std::make_exception_ptr(failure);
     }

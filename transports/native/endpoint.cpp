@@ -79,7 +79,7 @@ void Endpoint::attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t to
     regions_[peer] = std::move(region);
     Control& theirs = control(peer);
     if (theirs.token.load(std::memory_order_acquire) != token || theirs.rank != peer || theirs.size != geometry_.size)
-        throw Failure(Kind::transport, "the shared memory found is not that of rank " + std::to_string(peer));
+        throw Failure(Kind::transport, "the shared memory found is not that of " + name(peer));
     if (theirs.pid != getpid()) process_handles_[peer] = open_process(theirs.pid);
     uint8_t* mine = regions_[rank_]->base();
     uint8_t* base = regions_[peer]->base();
@@ -273,9 +273,9 @@ void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
 }
 
 void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs) {
-    fail(static_cast<uint32_t>(Kind::mismatch), "collective #" + shown(number) + ": rank " + std::to_string(rank_) +
-                                                    " called " + ours + ", rank " + std::to_string(peer) + " " +
-                                                    theirs + ": all ranks must make the same calls in the same order");
+    fail(static_cast<uint32_t>(Kind::mismatch), "collective #" + shown(number) + ": " + name(rank_) + " called " +
+                                                    ours + ", " + name(peer) + " " + theirs +
+                                                    ": all ranks must make the same calls in the same order");
 }
 
 void Endpoint::compare(uint32_t peer) {
@@ -299,9 +299,9 @@ void Endpoint::lost(uint32_t peer, const std::string& doing) {
     check_abort();
     const bool closed = control(peer).closed.load(std::memory_order_acquire);
     fail(static_cast<uint32_t>(Kind::peer_lost),
-         "rank " + std::to_string(peer) +
+         name(peer) +
              (closed ? " closed its communicator" : " ended (process " + std::to_string(control(peer).pid) + ")") +
-             " while rank " + std::to_string(rank_) + " waited in " + doing +
+             " while " + name(rank_) + " waited in " + doing +
              (closed ? ": all ranks must make the same calls" : ": look at that rank's output for the reason"));
 }
 

@@ -92,6 +92,11 @@ class Endpoint {
     void attach(uint32_t peer, std::shared_ptr<Region> region, uint64_t token);
 
     uint32_t rank() const { return rank_; }
+    // "rank 5": what the users call a rank of this endpoint, which may serve some of theirs only.
+    std::string name(uint32_t rank) const {
+        return "rank " + std::to_string(rank < names_.size() ? names_[rank] : rank);
+    }
+    void set_names(std::vector<uint32_t> names) { names_ = std::move(names); }
     const Geometry& geometry() const { return geometry_; }
 
     // ---- Channels. None of these waits.
@@ -228,6 +233,7 @@ class Endpoint {
     bool read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const;
 
     uint32_t rank_;
+    std::vector<uint32_t> names_;
     Geometry geometry_;
     std::vector<std::shared_ptr<Region>> regions_;
     Control* control_;

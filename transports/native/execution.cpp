@@ -1,6 +1,7 @@
 #include "execution.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "copy.hpp"
 #include "fold.hpp"
@@ -78,6 +79,7 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         if (way_.lent) lane.lent.assign(plan.peers.size(), 0);
         if (l < plan.parameters.segments && !plan.rows.empty()) ++unfinished_;
     }
+    if (remote_) remote_->begin(lanes);
     spans_.resize(plan.max_parts);
     sources_.resize(plan.max_parts);
 }
@@ -93,7 +95,8 @@ Outcome Execution::progress() {
         // Whoever receives sees a foreign signature; whoever only sends would not notice.
         if (!plan_->receives) {
             std::atomic_thread_fence(std::memory_order_seq_cst);  // of two such, one sees the other
-            for (uint32_t peer : plan_->peers) endpoint_.compare(peer);
+            for (uint32_t peer : plan_->peers)
+                if (!is_remote(peer)) endpoint_.compare(peer);
         }
         if (measures_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
         endpoint_.finish();
@@ -113,6 +116,7 @@ bool Execution::run(uint32_t lane_index) {
             const bool last = lane.segment + plan.parameters.lanes >= plan.parameters.segments;
             // The user's memory is the user's again when all have read it.
             if (last && way_.lent && unread(lane_index, lane)) return moved;
+            if (last && remote_ && remote_->leaving(lane_index) != 0) return moved;
             lane.row = 0;
             lane.segment += plan.parameters.lanes;
             if (last) {
@@ -121,6 +125,8 @@ bool Execution::run(uint32_t lane_index) {
             }
         }
         const Row& row = rows[lane.row];
+        const bool uses_messages = row.instruction >= Instruction::fold && row.instruction <= Instruction::release;
+        if (uses_messages && remote_ && remote_->awaited(lane_index) != 0) return moved;
         switch (row.instruction) {
             case Instruction::send:
                 if (!send(row, lane_index, lane)) return moved;
@@ -218,6 +224,7 @@ bool Execution::send(const Row& row, uint32_t lane_index, Lane& lane) {
         const size_t part_bytes = block_bytes(part.block, lane, whole);
         spans_[i] = {part_bytes ? address(part, lane) : nullptr, part_bytes};
     }
+    if (is_remote(plan.peers[row.peers])) return send_remote(row, lane_index, lane, bytes);
     if (way_.lent && row.lends && bytes >= lend_from_ && endpoint_.can_lend(spans_.data(), row.count)) {
         numbers_.resize(row.readers);
         if (!endpoint_.try_lend(&plan.peers[row.peers], row.readers, channel(lane_index), signature(row, lane.segment),
@@ -240,6 +247,7 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     reg.peer = peer;
     reg.first = static_cast<uint32_t>(static_cast<size_t>(row.reg) * plan.max_parts);
     reg.holds = !arrived && (bytes != 0 || lane.segment == 0);
+    if (is_remote(peer)) return receive_remote(row, lane_index, lane, bytes);
     const Descriptor* descriptor = nullptr;
     const uint8_t* data = nullptr;
     bool whole = false;
@@ -282,6 +290,37 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     return true;
 }
 
+bool Execution::send_remote(const Row& row, uint32_t lane_index, const Lane& lane, size_t bytes) {
+    // All sends of a step find room: so what waits here waits for earlier steps, whose sends end by themselves.
+    if (remote_->leaving(lane_index) + row.readers > 2 * plan_->most_remote) return false;
+    const uint32_t buffer = remote_->take_buffer(bytes);
+    uint8_t* to = remote_->parts(buffer);
+    for (uint32_t i = 0; i < row.count; to += spans_[i++].bytes) abccl::copy(to, spans_[i].data, spans_[i].bytes);
+    const size_t number = static_cast<size_t>(&row - plan_->rows.data());
+    for (uint32_t i = 0; i < row.readers; ++i)
+        remote_->post(true, plan_->peers[row.peers + i], lane_index, number, lane.segment, buffer, bytes);
+    return true;
+}
+
+// Does not wait: all messages of a step must be expected at once.
+bool Execution::receive_remote(const Row& row, uint32_t lane_index, Lane& lane, size_t bytes) {
+    Register& reg = lane.registers[static_cast<size_t>(row.reg)];
+    if (reg.holds) {
+        const uint32_t buffer = remote_->take_buffer(bytes);
+        const uint8_t* data = remote_->parts(buffer);
+        for (uint32_t i = 0; i < row.count; ++i) {
+            lane.parts[reg.first + i] = data;
+            data += block_bytes(plan_->operands[row.first + i].block, lane, false);
+        }
+        const size_t number = static_cast<size_t>(&row - plan_->rows.data());
+        remote_->post(false, reg.peer, lane_index, number, lane.segment, buffer, bytes);
+        reg.remote = buffer;
+        reg.holds = false;
+    }
+    lane.filled = static_cast<size_t>(row.reg) + 1;
+    return true;
+}
+
 uint8_t* Execution::landing(Register& reg, size_t bytes) {
     if (reg.landing_bytes < bytes + cache_line) {
         reg.landing.reset(new uint8_t[bytes + cache_line]);
@@ -309,9 +348,23 @@ std::optional<Execution::Unread> Execution::unread(uint32_t lane_index, const La
     return std::nullopt;
 }
 
+const RemoteMessage* Execution::remote_message(uint32_t lane_index, const Lane& lane) const {
+    if (!remote_) return nullptr;
+    if (lane.row < plan_->rows.size()) {
+        const Row& row = plan_->rows[lane.row];
+        const bool exchanges = row.instruction == Instruction::send || row.instruction == Instruction::recv;
+        if (row.instruction == Instruction::reclaim || (exchanges && !is_remote(plan_->peers[row.peers])))
+            return nullptr;
+    }
+    return remote_->first_pending(lane_index);
+}
+
 void Execution::release(uint32_t lane_index, Lane& lane) {
-    for (size_t r = 0; r < lane.filled; ++r)
-        if (lane.registers[r].holds) endpoint_.release(lane.registers[r].peer, channel(lane_index));
+    for (size_t r = 0; r < lane.filled; ++r) {
+        Register& reg = lane.registers[r];
+        if (reg.holds) endpoint_.release(reg.peer, channel(lane_index));
+        if (reg.remote >= 0) remote_->give_back(static_cast<uint32_t>(std::exchange(reg.remote, -1)));
+    }
     lane.filled = 0;
 }
 
@@ -337,18 +390,23 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
 
 std::string Execution::blame() const {
     const Plan& plan = *plan_;
-    const std::string self = plan.parameters.text + " #" + endpoint_.shown(endpoint_.sequence()) + ": rank " +
-                             std::to_string(endpoint_.rank());
+    const std::string self =
+        plan.parameters.text + " #" + endpoint_.shown(endpoint_.sequence()) + ": " + endpoint_.name(endpoint_.rank());
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
         if (lane.segment >= plan.parameters.segments) continue;
         std::string text = self + " waits ";
         uint32_t peer;
+        if (const RemoteMessage* message = remote_message(l, lane)) {
+            return text + "at step " + std::to_string(plan.step_of(message->row) + 1) +
+                   (message->sends ? " for its block " : " for block ") + plan.blocks_of(message->row) +
+                   (message->sends ? " to reach " : " from ") + endpoint_.name(message->peer);
+        }
         if (lane.row == plan.rows.size() || plan.rows[lane.row].instruction == Instruction::reclaim) {
             const auto found = unread(l, lane);
             if (!found) continue;  // it has just been read
             peer = found->peer;
-            text += "for rank " + std::to_string(peer) + " to read block " + plan.blocks_of(found->row) + " of step " +
+            text += "for " + endpoint_.name(peer) + " to read block " + plan.blocks_of(found->row) + " of step " +
                     std::to_string(plan.step_of(found->row) + 1);
         } else {
             const Row& row = plan.rows[lane.row];
@@ -356,13 +414,13 @@ std::string Execution::blame() const {
             peer = plan.peers[row.peers];
             text += "at step " + std::to_string(plan.step_of(lane.row) + 1) +
                     (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
-                    (sending ? " to rank " : " from rank ") + std::to_string(peer);
+                    (sending ? " to " : " from ") + endpoint_.name(peer);
         }
         text += ", " + endpoint_.status(peer);
         // Whom it waits for may itself wait for a rank that has not come.
         for (uint32_t other = 0; other < endpoint_.geometry().size; ++other)
             if (other != peer && other != endpoint_.rank() && !endpoint_.entered(other))
-                text += "; rank " + std::to_string(other) + " is one " + endpoint_.status(other);
+                text += "; " + endpoint_.name(other) + " is one " + endpoint_.status(other);
         return text;
     }
     return self + " waits for nothing";

@@ -9,13 +9,15 @@
 
 #include "endpoint.hpp"
 #include "plan.hpp"
+#include "remote.hpp"
 
 namespace abccl {
 
 // Runs one plan at a time; its memory is kept from run to run.
 class Execution {
   public:
-    explicit Execution(Endpoint& endpoint) : endpoint_(endpoint) {}
+    // Peers that are numbered behind the endpoint's are reached by `remote`.
+    explicit Execution(Endpoint& endpoint, RemoteQueue* remote = nullptr) : endpoint_(endpoint), remote_(remote) {}
 
     // Enters the collective. The buffers must live until the run is done; the plan too.
     void start(const Plan& plan, const void* input, void* output);
@@ -26,7 +28,8 @@ class Execution {
 
   private:
     struct Register {
-        bool holds;  // a message, to be given back
+        bool holds;           // a message, to be given back
+        int64_t remote = -1;  // the buffer of a remote message, to be given back
         uint32_t peer;
         uint32_t first;                      // of the message's parts in `parts`
         std::unique_ptr<uint8_t[]> landing;  // of what is pulled
@@ -48,6 +51,11 @@ class Execution {
     bool run(uint32_t lane_index);
     bool send(const Row& row, uint32_t lane_index, Lane& lane);
     bool receive(const Row& row, uint32_t lane_index, Lane& lane);
+    bool is_remote(uint32_t peer) const { return peer >= endpoint_.geometry().size; }
+    bool send_remote(const Row& row, uint32_t lane_index, const Lane& lane, size_t bytes);
+    bool receive_remote(const Row& row, uint32_t lane_index, Lane& lane, size_t bytes);
+    // The remote message that the lane waits for, or null if it waits for something else.
+    const RemoteMessage* remote_message(uint32_t lane_index, const Lane& lane) const;
     void release(uint32_t lane_index, Lane& lane);
     struct Unread {
         size_t row;  // of the send
@@ -70,6 +78,7 @@ class Execution {
     }
 
     Endpoint& endpoint_;
+    RemoteQueue* remote_;
     const Plan* plan_ = nullptr;
     const uint8_t* input_ = nullptr;
     uint8_t* output_ = nullptr;

@@ -52,9 +52,8 @@ const uint8_t* Endpoint::direct_part(uint32_t peer, const Descriptor& descriptor
                 Region::attach(theirs.pid, theirs.heap_fd, theirs.heap_bytes.load(std::memory_order_acquire));
         } catch (const Failure& failure) {
             if (gone(peer)) lost(peer, *text_ + " #" + shown(sequence_));
-            fail(static_cast<uint32_t>(Kind::transport), "rank " + std::to_string(rank_) +
-                                                             " could not map the registered memory of rank " +
-                                                             std::to_string(peer) + ": " + failure.what());
+            fail(static_cast<uint32_t>(Kind::transport),
+                 name(rank_) + " could not map the registered memory of " + name(peer) + ": " + failure.what());
         }
     }
     uint64_t offset;
@@ -92,9 +91,8 @@ void Endpoint::pull_some(uint32_t peer, const iovec* here, const iovec* there, s
     check_abort();
     if (got < 0 && error == ESRCH) lost(peer, *text_ + " #" + shown(sequence_));
     fail(static_cast<uint32_t>(Kind::transport),
-         "rank " + std::to_string(rank_) + " could not read " + std::to_string(wanted) + " bytes of rank " +
-             std::to_string(peer) + "'s memory" + (got < 0 ? std::string(": ") + std::strerror(error) : "") +
-             ": was a buffer freed while the call ran?");
+         name(rank_) + " could not read " + std::to_string(wanted) + " bytes of " + name(peer) + "'s memory" +
+             (got < 0 ? std::string(": ") + std::strerror(error) : "") + ": was a buffer freed while the call ran?");
 }
 
 bool Endpoint::readable(const void* address, size_t bytes) const {

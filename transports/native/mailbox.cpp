@@ -67,16 +67,16 @@ std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* d
 
 void Mailbox::check_signature(uint32_t peer, const Descriptor& descriptor, uint32_t signature) {
     if (descriptor.signature == signature) return;
-    endpoint_.fail(static_cast<uint32_t>(Kind::mismatch), "send/recv: rank " + std::to_string(peer) + " and rank " +
-                                                              std::to_string(endpoint_.rank()) +
+    endpoint_.fail(static_cast<uint32_t>(Kind::mismatch), "send/recv: " + endpoint_.name(peer) + " and " +
+                                                              endpoint_.name(endpoint_.rank()) +
                                                               " run different versions of abccl");
 }
 
 void Mailbox::check_length(const Receiving& receive, uint32_t peer, size_t bytes) {
     if (bytes == receive.bytes) return;
     endpoint_.fail(static_cast<uint32_t>(Kind::mismatch),
-                   "recv: rank " + std::to_string(endpoint_.rank()) + " wants " + std::to_string(receive.bytes) +
-                       " bytes from rank " + std::to_string(peer) + ", whose send has " + std::to_string(bytes) +
+                   "recv: " + endpoint_.name(endpoint_.rank()) + " wants " + std::to_string(receive.bytes) +
+                       " bytes from " + endpoint_.name(peer) + ", whose send has " + std::to_string(bytes) +
                        ": both sides must name the same length");
 }
 
@@ -232,21 +232,22 @@ void Mailbox::check() {
     }
     if (left == 0 && size > 1 && !receiving_.empty()) endpoint_.lost(last_gone, "a receive from any rank");
     const Deadline now = Clock::now();
-    const std::string rank = "rank " + std::to_string(self);
+    const std::string rank = endpoint_.name(self);
     const auto expired = [&](const std::string& what) { endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what); };
     for (const Arriving& a : arriving_)
         if (a.matched && now > a.receive.deadline)
-            expired("recv: " + rank + " waits for the rest of " + std::to_string(a.bytes) + " bytes from rank " +
-                    std::to_string(&a - arriving_.data()) + " (" + std::to_string(a.moved) + " have come)");
+            expired("recv: " + rank + " waits for the rest of " + std::to_string(a.bytes) + " bytes from " +
+                    endpoint_.name(static_cast<uint32_t>(&a - arriving_.data())) + " (" + std::to_string(a.moved) +
+                    " have come)");
     for (const Receiving& r : receiving_)
         if (now > r.deadline)
             expired("recv: " + rank + " waits for " + std::to_string(r.bytes) + " bytes from " +
-                    (r.source == any_source ? "any rank" : "rank " + std::to_string(r.source)) +
+                    (r.source == any_source ? "any rank" : endpoint_.name(static_cast<uint32_t>(r.source))) +
                     (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made");
     for (uint32_t peer = 0; peer < size; ++peer)
         for (const Sending& s : sending_[peer])
             if (now > s.deadline)
-                expired("send: " + rank + " waits for rank " + std::to_string(peer) + " to receive " +
+                expired("send: " + rank + " waits for " + endpoint_.name(peer) + " to receive " +
                         std::to_string(s.bytes) + " bytes with tag " + std::to_string(s.tag));
 }
 

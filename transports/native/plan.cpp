@@ -24,9 +24,10 @@ class Parser {
                     row.lends = next() != 0;
                     plan_.lends |= row.lends;
                     sends_.push_back(static_cast<uint32_t>(plan_.rows.size()));
-                    row.readers = count(1, static_cast<uint32_t>(plan_.parameters.size));
+                    row.readers = count(1, static_cast<uint32_t>(plan_.parameters.size + plan_.parameters.remotes));
                     row.peers = static_cast<uint32_t>(plan_.peers.size());
                     for (uint32_t i = 0; i < row.readers; ++i) peer();
+                    count_remote(row);
                     operands(row, count(0, remaining()), false);
                     break;
                 case Instruction::recv:
@@ -57,6 +58,7 @@ class Parser {
                 case Instruction::release:
                     registers_.clear();
                     parts_.clear();
+                    remote_ = 0;
                     break;
                 case Instruction::reclaim:
                     row.first = static_cast<uint32_t>(plan_.reclaims.size());
@@ -119,9 +121,17 @@ class Parser {
     }
     void peer() {
         const int32_t value = next();
-        if (value < 0 || value >= plan_.parameters.size || value == plan_.parameters.rank)
+        if (value < 0 || value >= plan_.parameters.size + plan_.parameters.remotes || value == plan_.parameters.rank)
             refuse("a message to or from rank " + std::to_string(value));
         plan_.peers.push_back(static_cast<uint32_t>(value));
+    }
+    void count_remote(const Row& row) {
+        const auto is_remote = [&](uint32_t peer) { return peer >= static_cast<uint32_t>(plan_.parameters.size); };
+        const auto first = plan_.peers.begin() + row.peers;
+        const auto remote = static_cast<uint32_t>(std::count_if(first, plan_.peers.end(), is_remote));
+        if (remote != 0 && remote != row.readers) refuse("a message to ranks in shared memory and others");
+        remote_ += remote;
+        plan_.most_remote = std::max(plan_.most_remote, remote_);
     }
     int32_t block() {
         const int32_t value = next();
@@ -185,6 +195,7 @@ class Parser {
     std::vector<uint32_t> sends_;      // their rows
     std::vector<uint32_t> registers_;  // first operand of the message in each register
     std::vector<uint32_t> parts_;
+    uint32_t remote_ = 0;  // messages that the step sends to remote peers
 };
 
 }  // namespace
@@ -196,7 +207,7 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
         extents.push_back({parameters.table[i], parameters.table[i + 1], parameters.table[i + 2]});
         if (extents.back().count < 0) refuse("a block of negative length");
     }
-    if (parameters.names.size() != extents.size() || parameters.registers < 0)
+    if (parameters.names.size() != extents.size() || parameters.registers < 0 || parameters.remotes < 0)
         refuse("names or registers do not fit the table");
     if (parameters.segments > INT64_MAX / 4 / std::max<int64_t>(1, parameters.segment)) refuse("too many segments");
     if (parameters.segment < 1 || parameters.segments < 1 || parameters.lanes < 1 || parameters.scratch < 0 ||

@@ -39,7 +39,7 @@ struct Extent {
 struct PlanParameters {
     std::vector<int32_t> code;
     std::vector<int64_t> table;
-    int32_t size, rank;
+    int32_t size, rank;                 // of those that share memory
     int64_t input_count, output_count;  // elements of the user's buffers
     int32_t scratch, registers;
     int64_t segment, segments;
@@ -51,6 +51,7 @@ struct PlanParameters {
     uint32_t signature;
     std::string text;
     std::vector<std::string> names;  // of blocks
+    int32_t remotes = 0;             // peers that are numbered from `size` on
 };
 
 class Plan {
@@ -81,6 +82,7 @@ class Plan {
     bool receives = false;
     bool lends = false;          // some send may be read in place
     size_t longest_message = 0;  // bytes
+    uint32_t most_remote = 0;    // messages that a step sends to remote peers
     mutable Protocol protocol;   // a plan runs once at a time
 };
 

@@ -1,0 +1,68 @@
+"""How ranks reach each other: which transport serves them, by where they are and how they were started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..errors import ArgumentError
+from ..transports import Transport
+from ..transports.joint import JointTransport, joint_order
+from ..transports.shm import ShmTransport
+from ..transports.topology import Exchange, Topology, find_topology
+from .bootstrap import Bootstrap
+
+ENVIRONMENT = "ABCCL_TRANSPORT"
+"""Names a transport for communicators whose maker names none. The same on all ranks."""
+
+TRANSPORTS = {
+    "shm": "shared memory, one host",
+    "mpi": "MPI's messages, for ranks that mpirun started",
+    "gloo": "Gloo's messages, for ranks that share a store of torch's, as under torchrun",
+}
+
+
+def wanted_transport(asked: str | None) -> str | None:
+    """The transport asked for, by the caller or by the environment; None if neither does.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    source, name = ("transport", asked) if asked is not None else (ENVIRONMENT, os.environ.get(ENVIRONMENT) or None)
+    if name is not None and name not in TRANSPORTS:
+        known = ", ".join(f"{one} ({what})" for one, what in TRANSPORTS.items())
+        raise ArgumentError(f"{source}={name!r}: no transport is called so: there are {known}")
+    return name
+
+
+def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology]:
+    """A transport to all ranks, and where they are. Collective.
+
+    Without a wish: shared memory if all can attach to each other; else shared memory on each host, and between hosts
+    the network that the ranks were started with.
+
+    Raises:
+        TransportError: the ranks can not reach each other so.
+    """
+    rank, size = bootstrap.rank, bootstrap.size
+    topology = find_topology(rank, size, bootstrap.exchange)
+    if wanted in ("mpi", "gloo"):
+        return bootstrap.network(wanted), topology
+    if wanted == "shm" or len(topology.hosts) == 1:
+        return ShmTransport(rank, size, bootstrap.exchange), topology
+    members = topology.host_of(rank).ranks
+    network = bootstrap.network(None)
+    exchange = _among(members, bootstrap.exchange)
+    names = joint_order(members, size)
+    local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named)
+    return JointTransport(local, members, network), topology
+
+
+def _among(members: Sequence[int], exchange: Exchange) -> Exchange:
+    """The exchange of some of the ranks, while all others exchange as often."""
+
+    def exchange_among(data: bytes) -> list[bytes]:
+        everyone = exchange(data)
+        return [everyone[member] for member in members]
+
+    return exchange_among

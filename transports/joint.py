@@ -1,0 +1,276 @@
+"""Several transports as one: shared memory to the ranks of this host, a network to the others.
+
+The native engine runs the plan: steps between ranks of one host in shared memory, as it does on one host. What goes to
+other hosts it queues, copied out behind room for a head (`message.py`); this file hands it to the network's verbs, and
+tells the engine when it has been carried. Each lane of a plan has its own place in the schedule, so while one segment
+waits for the network, others move in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..algorithms import Collective
+from ..algorithms.plan import Instruction, Plan
+from ..errors import AbcclError, Aborted, DeadlineExceeded
+from . import _native
+from .contract import Execution, NativeCall, Operation, Prepared, Request, Transport
+from .message import HEAD_BYTES, Heads, Wanted
+from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
+from .shm import ShmTransport
+
+TICK = 0.02
+"""Seconds between looks at what does not announce itself: a peer that has died, an interrupt."""
+
+YIELDS = 500
+NAP = 100e-6
+
+_MOVED, _DONE = 1, 2
+
+
+class JointTransport(Transport):
+    """Ranks on several hosts.
+
+    Args:
+        local: shared memory among the ranks of this host.
+        members: what `network` calls them, in the order of `local`.
+        network: reaches all ranks.
+    """
+
+    name = "joint"
+
+    def __init__(self, local: ShmTransport, members: Sequence[int], network: Transport) -> None:
+        self.local, self.network = local, network
+        self.rank, self.size = network.rank, network.size
+        self.lanes, self.slot_bytes = local.lanes, local.slot_bytes
+        self.order = joint_order(members, self.size)
+        self.index = {rank: index for index, rank in enumerate(self.order)}
+        self.engine = _native.DrivenExecution(local.native, HEAD_BYTES)
+        self._rings = network.set_bell(local.native.ring)
+        self._blocked = 0
+
+    @property
+    def collectives(self) -> frozenset[Collective]:  # type: ignore[override]
+        """The network's own collectives."""
+        return self.network.collectives
+
+    def is_near(self, rank: int) -> bool:
+        """Whether the rank is on this host."""
+        return self.index[rank] < self.local.size
+
+    def prepare(self, plan: Plan, operation: Operation) -> Prepared:
+        """The plan, its steps divided between the engines."""
+        return JointPlan(self, plan, operation)
+
+    def prepare_native(self, call: NativeCall) -> Prepared:
+        """See `Transport.prepare_native`: the network's own."""
+        return self.network.prepare_native(call)
+
+    def split(self, members: Sequence[int], name: str) -> Transport:
+        """A network of these ranks, in this order: see `Transport.split`."""
+        return self.network.split(members, name)
+
+    def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
+        """See `Transport.post_send`."""
+        if self.is_near(peer):
+            return self.local.post_send(self.index[peer], tag, data)
+        return self.network.post_send(peer, tag, data)
+
+    def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
+        """See `Transport.post_recv`."""
+        if self.is_near(peer):
+            return self.local.post_recv(self.index[peer], tag, into)
+        return self.network.post_recv(peer, tag, into)
+
+    def progress(self) -> None:
+        """See `Transport.progress`."""
+        self.local.progress()
+        self.network.progress()
+
+    def idle(self, deadline: float) -> None:
+        """Give the processor away: yield at first, then sleep until the host's ranks or the network ring."""
+        self._blocked += 1
+        if self._blocked < YIELDS:
+            os.sched_yield()
+        elif not self._rings:
+            time.sleep(NAP)
+        else:
+            nap = _native.Nap(self.local.native)
+            nap.sleep(1)  # what came just before it began rang for nobody
+            nap.end()
+
+    def moved(self) -> None:
+        """Something has happened: the next wait begins anew."""
+        self._blocked = 0
+
+    def abort(self, error: Exception) -> None:
+        """See `Transport.abort`: here and on all other hosts."""
+        self.local.abort(error)
+        self.network.abort(error)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self.local.close()
+        self.network.close()
+
+    def set_bell(self, ring: Callable[[], None]) -> bool:
+        """Nobody rings for both."""
+        return False
+
+
+def joint_order(members: Sequence[int], size: int) -> list[int]:
+    """All ranks as the native core numbers them on a host: those that share its memory first."""
+    return [*members, *(rank for rank in range(size) if rank not in set(members))]
+
+
+class JointPlan:
+    """A plan made ready to run on one host of several."""
+
+    def __init__(self, transport: JointTransport, plan: Plan, operation: Operation) -> None:
+        self.transport = transport
+        self.heads = Heads(operation, f"rank {transport.rank} of {transport.size}")
+        near = transport.local.size
+        code = divide(decode(plan.skeleton.code), transport.index, near)
+        # Whole blocks can not be lent to a network.
+        operation = replace(operation, straight=False)
+        self.native = transport.local.native_plan(plan, operation, code, remotes=transport.size - near)
+
+    def start(self, input: int, output: int) -> Execution:
+        """Start a run on the buffers at these addresses."""
+        return JointExecution(self, input, output)
+
+
+class _Carried(NamedTuple):
+    """A message that the network carries, by the engine's number; `wanted` if it is to be received."""
+
+    id: int
+    request: Request
+    wanted: Wanted | None
+    head: bytes
+    data: memoryview
+
+
+class JointExecution:
+    """One run of a plan: the engine, and the messages that the network carries for it."""
+
+    def __init__(self, prepared: JointPlan, input: int, output: int) -> None:
+        self.prepared, self.transport = prepared, prepared.transport
+        self.number = self.transport.runs
+        self.transport.runs = (self.number + 1) & 0xFFFFFFFF
+        self.engine = self.transport.engine
+        self.carried: list[_Carried] = []
+        self.next_tick = time.monotonic() + TICK
+        self.engine.start(prepared.native, input, output)
+
+    def progress(self) -> bool:
+        """Do what can be done without waiting; true when the run is finished."""
+        try:
+            return self._advance() == _DONE
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def wait(self, deadline: float) -> None:
+        """Progress until finished or the deadline."""
+        try:
+            while self._advance() != _DONE:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(
+                        f"{self.engine.blame()}: has that rank called it, is it alive, is its host reached? If it is "
+                        f"only slow, give a longer timeout"
+                    )
+                self.transport.idle(deadline)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def abort(self, reason: str) -> None:
+        """Abort the transport."""
+        self._fail(Aborted(reason))
+
+    def _advance(self) -> int:
+        """The engine's outcome; what it moved with the network's messages counts."""
+        total, outcome = 0, _MOVED
+        while outcome == _MOVED:
+            outcome = max(self.engine.progress(), self._carry())
+            total = max(total, outcome)
+        if total:
+            self.transport.moved()
+        if outcome != _DONE and time.monotonic() > self.next_tick:
+            self.next_tick = time.monotonic() + TICK
+            self.engine.check()
+        return total
+
+    def _carry(self) -> int:
+        """Hand over what is to be carried, and tell the engine what has been."""
+        network, fresh = self.transport.network, self.engine.take()
+        for id, sends, peer, lane, segment, row, data in fresh:
+            tag, step, blocks = self.engine.about(row)
+            head, rank = self.prepared.heads.make(self.number, tag, segment), self.transport.order[peer]
+            if sends:
+                data[:HEAD_BYTES] = head
+                self.carried.append(_Carried(id, network.post_send(rank, lane, data), None, head, data))
+            else:
+                wanted = Wanted(rank, tag, segment, data.nbytes - HEAD_BYTES, step, blocks)
+                self.carried.append(_Carried(id, network.post_recv(rank, lane, data), wanted, head, data))
+        network.progress()
+        carried, self.carried = self.carried, []
+        for message in carried:
+            if not message.request.done:
+                self.carried.append(message)
+                continue
+            if message.wanted is not None:
+                self._check(message, message.wanted)
+            self.engine.complete(message.id)
+        return _MOVED if fresh or len(self.carried) < len(carried) else 0
+
+    def _check(self, message: _Carried, wanted: Wanted) -> None:
+        length, head = message.request.length, bytes(message.data[:HEAD_BYTES])
+        if length != message.request.wanted or head != message.head:
+            raise self.prepared.heads.mismatch(self.number, wanted, head, length)
+
+    def _fail(self, error: BaseException) -> None:
+        rank, size = self.transport.rank, self.transport.size
+        self.transport.abort(
+            error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}")
+        )
+
+
+def divide(program: Sequence[Decoded], index: dict[int, int], near: int) -> npt.NDArray[np.int32]:
+    """A plan's code with its peers by number; a send to ranks of this host (numbers below `near`) and others is two."""
+    code: list[int] = []
+    sends: list[list[int]] = []  # the numbers of the sends that each was divided into
+    made = 0
+    for instruction in program:
+        match instruction:
+            case Sending(tag, peers, parts, lends):
+                numbers = [index[peer] for peer in peers]
+                sends.append([])
+                for group in ([n for n in numbers if n < near], [n for n in numbers if n >= near]):
+                    if not group:
+                        continue
+                    is_near = group[0] < near
+                    code += (Instruction.SEND, tag, int(lends and is_near), len(group), *group, len(parts))
+                    for part in parts:
+                        code += part
+                    sends[-1].append(made)
+                    made += 1
+            case Receiving(tag, peer, blocks):
+                code += (Instruction.RECV, tag, index[peer], len(blocks), *blocks)
+            case Writing(kind, destination, sources):
+                code += (kind, *destination, *((len(sources),) if kind is Instruction.FOLD else ()))
+                for source in sources:
+                    code += source
+            case Release():
+                code.append(Instruction.RELEASE)
+            case Reclaim(lent):
+                reclaimed = [number for send in lent for number in sends[send]]
+                code += (Instruction.RECLAIM, len(reclaimed), *reclaimed)
+    return np.array(code, dtype=np.int32)
