@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..transports import NativeCall, Operation, Transport
 from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
-from .choice import NATIVE, check_reproducible, choose
+from .choice import NATIVE, AlgorithmLike, check_reproducible, choose
 from .native import prepare_native
 
 FORWARDING_FREE = ("direct", "pairwise")
@@ -85,7 +85,7 @@ class Binder:
         out: Array,
         op: str | PremulSum | Uneven | None,
         root: int,
-        algorithm: str | Algorithm | None,
+        algorithm: AlgorithmLike,
     ) -> Any:
         """The prepared plan of a call.
 
@@ -192,7 +192,7 @@ class Binder:
         source: View | None,
         target: View | None,
         uneven: Uneven,
-        asked: str | Algorithm | None,
+        asked: AlgorithmLike,
     ) -> Algorithm | str:
         """The algorithm, or NATIVE. All ranks come to the same one: what only one rank sees is not looked at."""
         if uneven.sent is not None and uneven.matrix is None and asked is None:

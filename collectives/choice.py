@@ -18,6 +18,9 @@ ENVIRONMENT = "ABCCL_ALGORITHM"
 """Forces an algorithm: "ring", or "all_reduce=ring,broadcast=knomial(radix=8)". Read when a call of some kind is first
 seen. An all_to_all with splits follows only `algorithm=`: others may have to gather all sizes first."""
 
+AlgorithmLike = Algorithm | str | None
+"""An algorithm, its name, or None: let the library choose."""
+
 NATIVE = "native"
 """In the place of an algorithm's name: the collective that the transport's engine has of its own, MPI's or Gloo's."""
 
@@ -93,7 +96,7 @@ def choose(
     collective: Collective,
     size: int,
     nbytes: int,
-    asked: str | Algorithm | None = None,
+    asked: AlgorithmLike = None,
     reproducible: bool = False,
     hosts: Sequence[Sequence[int]] = (),
 ) -> Algorithm | str:

@@ -19,14 +19,14 @@ import numpy as np
 from ..algorithms import Collective, registry
 from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError
 from ..transports import Execution, Transport, _native
-from ..transports.joint import JointTransport
+from ..transports.joint import JOINT, JointTransport
 from ..transports.shm import ShmPlan, ShmTransport
 from ..transports.topology import Topology, alone
 from .arrays import Array, view
 from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
-from .choice import is_reproducible
+from .choice import AlgorithmLike, is_reproducible
 from .driver import Driver
 from .members import Members
 from .memory import RegisteredMemory, empty, heap_bytes
@@ -118,7 +118,7 @@ class Communicator(PersistentCalls, MessageCalls):
         op: str | PremulSum = "sum",
         *,
         out: Array = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
         async_op: bool = False,
     ) -> Any:
         """Combine the arrays of all ranks element by element; every rank gets the same bits.
@@ -127,7 +127,8 @@ class Communicator(PersistentCalls, MessageCalls):
             x: this rank's contribution, and the result unless `out` is given.
             op: sum, prod, min, max, avg, band, bor, bxor or premul_sum(factor).
             out: where the result goes, as large as `x`; `x` is left as it is.
-            algorithm: the name of an algorithm (`abccl verify` lists them); the library chooses if None.
+            algorithm: an algorithm or its name (`abccl verify` lists them), as in "ring" or "knomial(radix=8)";
+                "native" for MPI's or Gloo's own, where they carry messages. The library chooses if None.
             async_op: return a Work at once.
 
         Raises:
@@ -144,7 +145,7 @@ class Communicator(PersistentCalls, MessageCalls):
         op: str | PremulSum = "sum",
         *,
         counts: Sequence[int] | None = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
         async_op: bool = False,
     ) -> Any:
         """Combine the arrays of all ranks; rank r gets the r-th part.
@@ -164,7 +165,7 @@ class Communicator(PersistentCalls, MessageCalls):
         x: Array,
         *,
         counts: Sequence[int] | None = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
         async_op: bool = False,
     ) -> Any:
         """Every rank gets the arrays of all ranks, one after the other in `out`.
@@ -178,7 +179,7 @@ class Communicator(PersistentCalls, MessageCalls):
         return self._call(_ALL_GATHER, x, out, self._with_counts(None, counts), 0, algorithm, async_op)
 
     @shortcut(_BROADCAST, x="x", out="x", root="root")
-    def broadcast(self, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False) -> Any:
+    def broadcast(self, x: Array, root: int = 0, *, algorithm: AlgorithmLike = None, async_op: bool = False) -> Any:
         """Every rank's `x` becomes the root's. `algorithm`, `async_op`, Raises: as in `all_reduce`."""
         return self._call(_BROADCAST, x, x, None, root, algorithm, async_op)
 
@@ -190,7 +191,7 @@ class Communicator(PersistentCalls, MessageCalls):
         root: int = 0,
         *,
         out: Array = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
         async_op: bool = False,
     ) -> Any:
         """Combine the arrays of all ranks at the root: in `out` there, or in its `x`. Others' `x` stays as it is.
@@ -201,7 +202,13 @@ class Communicator(PersistentCalls, MessageCalls):
 
     @shortcut(_GATHER, x="x", out="out", root="root")
     def gather(
-        self, out: Array | None, x: Array, root: int = 0, *, algorithm: str | None = None, async_op: bool = False
+        self,
+        out: Array | None,
+        x: Array,
+        root: int = 0,
+        *,
+        algorithm: AlgorithmLike = None,
+        async_op: bool = False,
     ) -> Any:
         """The root gets the arrays of all ranks, one after the other in its `out` (None elsewhere).
 
@@ -211,7 +218,13 @@ class Communicator(PersistentCalls, MessageCalls):
 
     @shortcut(_SCATTER, x="x", out="out", root="root")
     def scatter(
-        self, out: Array, x: Array | None, root: int = 0, *, algorithm: str | None = None, async_op: bool = False
+        self,
+        out: Array,
+        x: Array | None,
+        root: int = 0,
+        *,
+        algorithm: AlgorithmLike = None,
+        async_op: bool = False,
     ) -> Any:
         """Rank r's `out` becomes the r-th part of the root's `x` (None elsewhere).
 
@@ -227,7 +240,7 @@ class Communicator(PersistentCalls, MessageCalls):
         out_splits: Sequence[int] | None = None,
         in_splits: Sequence[int] | None = None,
         *,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
         async_op: bool = False,
     ) -> Any:
         """Rank s's d-th part goes to rank d, where it is the s-th.
@@ -243,7 +256,7 @@ class Communicator(PersistentCalls, MessageCalls):
         return self._call(_ALL_TO_ALL, x, out, uneven, 0, algorithm, async_op)
 
     @shortcut(_BARRIER)
-    def barrier(self, *, algorithm: str | None = None, async_op: bool = False) -> Any:
+    def barrier(self, *, algorithm: AlgorithmLike = None, async_op: bool = False) -> Any:
         """Return when all ranks have called it."""
         return self._call(_BARRIER, None, None, None, 0, algorithm, async_op)
 
@@ -289,7 +302,7 @@ class Communicator(PersistentCalls, MessageCalls):
         network = partial(self._transport.split, members, f"{number}/{members[0]}")
         meeting = Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20), network)
         name = self._transport.name
-        return _connect(meeting, None if name == "joint" else name, self.timeout, self.reproducible)
+        return _connect(meeting, None if name == JOINT else name, self.timeout, self.reproducible)
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
@@ -338,7 +351,13 @@ class Communicator(PersistentCalls, MessageCalls):
     # ---- how it is done
 
     def _bind(
-        self, index: int, x: Array, out: Array, op: str | PremulSum | Uneven | None, root: int, algorithm: str | None
+        self,
+        index: int,
+        x: Array,
+        out: Array,
+        op: str | PremulSum | Uneven | None,
+        root: int,
+        algorithm: AlgorithmLike,
     ) -> Any:
         """For the dispatcher, which keeps the result: make the plan of a call that it has not seen."""
         self._check_usable()
@@ -351,7 +370,7 @@ class Communicator(PersistentCalls, MessageCalls):
         x: Array,
         out_splits: Sequence[int] | None,
         in_splits: Sequence[int] | None,
-        algorithm: str | None,
+        algorithm: AlgorithmLike,
     ) -> Uneven | None:
         if out_splits is None and in_splits is None:
             return None
@@ -371,7 +390,7 @@ class Communicator(PersistentCalls, MessageCalls):
         return self._intern(Uneven(op or "sum", counts=tuple(int(count) for count in counts)))
 
     def _persistent(
-        self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: str | None
+        self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: AlgorithmLike
     ) -> Persistent:
         self._check_usable()
         prepared = self._binder.bind(collective, x, out, op, root, algorithm)

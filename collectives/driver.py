@@ -119,8 +119,6 @@ class Driver:
         try:
             while not work.done:
                 moved = self._step()
-                if work.done:
-                    return
                 now = time.monotonic()
                 if now >= until:
                     return

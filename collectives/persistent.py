@@ -10,6 +10,7 @@ from ..algorithms import Collective
 from ..errors import ArgumentError
 from .arrays import Array
 from .binding import PremulSum, Uneven
+from .choice import AlgorithmLike
 from .work import Work
 
 
@@ -37,7 +38,7 @@ class PersistentCalls(ABC):
 
     @abstractmethod
     def _persistent(
-        self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: str | None
+        self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: AlgorithmLike
     ) -> Persistent:
         """Check the arguments and bind the plan."""
 
@@ -52,12 +53,12 @@ class PersistentCalls(ABC):
         x: Array,
         out_splits: Sequence[int] | None,
         in_splits: Sequence[int] | None,
-        algorithm: str | None,
+        algorithm: AlgorithmLike,
     ) -> Uneven | None:
         """The parts' sizes of an all_to_all, None if they are equal."""
 
     def all_reduce_init(
-        self, x: Array, op: str | PremulSum = "sum", *, out: Array = None, algorithm: str | None = None
+        self, x: Array, op: str | PremulSum = "sum", *, out: Array = None, algorithm: AlgorithmLike = None
     ) -> Persistent:
         """A persistent `all_reduce`."""
         return self._persistent(Collective.ALL_REDUCE, x, x if out is None else out, op, 0, algorithm)
@@ -69,18 +70,18 @@ class PersistentCalls(ABC):
         op: str | PremulSum = "sum",
         *,
         counts: Sequence[int] | None = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
     ) -> Persistent:
         """A persistent `reduce_scatter`."""
         return self._persistent(Collective.REDUCE_SCATTER, x, out, self._with_counts(op, counts), 0, algorithm)
 
     def all_gather_init(
-        self, out: Array, x: Array, *, counts: Sequence[int] | None = None, algorithm: str | None = None
+        self, out: Array, x: Array, *, counts: Sequence[int] | None = None, algorithm: AlgorithmLike = None
     ) -> Persistent:
         """A persistent `all_gather`."""
         return self._persistent(Collective.ALL_GATHER, x, out, self._with_counts(None, counts), 0, algorithm)
 
-    def broadcast_init(self, x: Array, root: int = 0, *, algorithm: str | None = None) -> Persistent:
+    def broadcast_init(self, x: Array, root: int = 0, *, algorithm: AlgorithmLike = None) -> Persistent:
         """A persistent `broadcast`."""
         return self._persistent(Collective.BROADCAST, x, x, None, root, algorithm)
 
@@ -91,16 +92,18 @@ class PersistentCalls(ABC):
         root: int = 0,
         *,
         out: Array = None,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
     ) -> Persistent:
         """A persistent `reduce`."""
         return self._persistent(Collective.REDUCE, x, x if out is None else out, op, root, algorithm)
 
-    def gather_init(self, out: Array | None, x: Array, root: int = 0, *, algorithm: str | None = None) -> Persistent:
+    def gather_init(self, out: Array | None, x: Array, root: int = 0, *, algorithm: AlgorithmLike = None) -> Persistent:
         """A persistent `gather`."""
         return self._persistent(Collective.GATHER, x, out, None, root, algorithm)
 
-    def scatter_init(self, out: Array, x: Array | None, root: int = 0, *, algorithm: str | None = None) -> Persistent:
+    def scatter_init(
+        self, out: Array, x: Array | None, root: int = 0, *, algorithm: AlgorithmLike = None
+    ) -> Persistent:
         """A persistent `scatter`."""
         return self._persistent(Collective.SCATTER, x, out, None, root, algorithm)
 
@@ -111,13 +114,13 @@ class PersistentCalls(ABC):
         out_splits: Sequence[int] | None = None,
         in_splits: Sequence[int] | None = None,
         *,
-        algorithm: str | None = None,
+        algorithm: AlgorithmLike = None,
     ) -> Persistent:
         """A persistent `all_to_all`."""
         uneven = self._uneven_exchange(out, x, out_splits, in_splits, algorithm)
         return self._persistent(Collective.ALL_TO_ALL, x, out, uneven, 0, algorithm)
 
-    def barrier_init(self, *, algorithm: str | None = None) -> Persistent:
+    def barrier_init(self, *, algorithm: AlgorithmLike = None) -> Persistent:
         """A persistent `barrier`."""
         return self._persistent(Collective.BARRIER, None, None, None, 0, algorithm)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ArgumentError
 from ..transports import Transport
-from ..transports.joint import JointTransport, joint_order
+from ..transports.joint import JOINT, JointTransport, joint_order
 from ..transports.shm import ShmTransport
 from ..transports.topology import Exchange, Topology, find_topology
 from .bootstrap import Bootstrap
@@ -46,16 +46,15 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     """
     rank, size = bootstrap.rank, bootstrap.size
     topology = find_topology(rank, size, bootstrap.exchange)
-    if wanted in ("mpi", "gloo"):
-        return bootstrap.network(wanted), topology
-    if wanted == "shm" or len(topology.hosts) == 1:
+    by_network = wanted in ("mpi", "gloo")
+    if not by_network and (wanted == "shm" or len(topology.hosts) == 1):
         return ShmTransport(rank, size, bootstrap.exchange), topology
-    members = topology.host_of(rank).ranks
-    network = bootstrap.network(None)
+    members = (rank,) if by_network else topology.host_of(rank).ranks
+    network = bootstrap.network(wanted)
     exchange = _among(members, bootstrap.exchange)
     names = joint_order(members, size)
     local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named)
-    return JointTransport(local, members, network), topology
+    return JointTransport(local, members, network, network.name if by_network else JOINT), topology
 
 
 def _among(members: Sequence[int], exchange: Exchange) -> Exchange:

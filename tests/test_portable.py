@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from abccl.errors import Aborted, ArgumentError, DeadlineExceeded, Mismatch
 from abccl.transports import _native, inproc
 from abccl.transports.contract import Execution, Request
 from abccl.transports.inproc import InprocTransport
-from abccl.transports.message import HEAD_BYTES
+from abccl.transports.message import HEAD_BYTES, Heads
 from abccl.transports.portable import PortablePlan
 from abccl.transports.trial import Case, Trial
 from abccl.transports.types import NUMBERS, OPERATORS, TYPES, check_operator, numpy_dtype, numpy_operator
@@ -199,7 +200,8 @@ def test_a_long_text_is_cut() -> None:
     transports = inproc(2)
     trials = [Trial(transport, Case(RING, 2, count)) for transport, count in zip(transports, (10, 20))]
     for trial in trials:
-        trial.prepared.text = ("é" * 500).encode()[:176]  # type: ignore[attr-defined]
+        long = replace(trial.prepared.operation, text="é" * 500)  # type: ignore[attr-defined]
+        trial.prepared.heads = Heads(long, "one")  # type: ignore[attr-defined]
     assert "é" * 80 in message(Mismatch, [trial.start() for trial in trials])
 
 

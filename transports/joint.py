@@ -26,6 +26,8 @@ from .message import HEAD_BYTES, Heads, Wanted
 from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
 from .shm import ShmTransport
 
+JOINT = "joint"
+
 TICK = 0.02
 """Seconds between looks at what does not announce itself: a peer that has died, an interrupt."""
 
@@ -36,18 +38,18 @@ _MOVED, _DONE = 1, 2
 
 
 class JointTransport(Transport):
-    """Ranks on several hosts.
+    """Ranks on several hosts; or ranks that are to use a network whatever they share, each a host of its own.
 
     Args:
         local: shared memory among the ranks of this host.
         members: what `network` calls them, in the order of `local`.
         network: reaches all ranks.
+        name: what messages to people call it.
     """
 
-    name = "joint"
-
-    def __init__(self, local: ShmTransport, members: Sequence[int], network: Transport) -> None:
+    def __init__(self, local: ShmTransport, members: Sequence[int], network: Transport, name: str = JOINT) -> None:
         self.local, self.network = local, network
+        self.name = name  # type: ignore[misc]
         self.rank, self.size = network.rank, network.size
         self.lanes, self.slot_bytes = local.lanes, local.slot_bytes
         self.order = joint_order(members, self.size)
