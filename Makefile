@@ -104,7 +104,7 @@ format: $(INSTALLED) ## put all files into the format that check wants
 
 MYPY_TARGETS = -m abccl $(foreach room,algorithms bench collectives cuda tools transports,\
 	$(if $(wildcard $(room)/*.py),-p abccl.$(room)))
-CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.cpp)
+CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.?pp)
 
 # ---- the native core by itself, as it is or under a sanitizer
 
@@ -124,9 +124,9 @@ $(OUT)/core/%.o: transports/native/%.cpp $(NATIVE_HEADERS) Makefile
 	@mkdir -p $(@D)
 	@$(COMPILE) -c $< -o $@
 
-$(OUT)/%: tests/native/%.cpp $(CORE_OBJECTS)
+$(OUT)/%: tests/native/%.cpp $(wildcard tests/native/*.hpp) $(CORE_OBJECTS)
 	@mkdir -p $(@D)
-	@$(COMPILE) $^ -o $@
+	@$(COMPILE) $(filter-out %.hpp,$^) -o $@
 
 native-test: ## the C++ tests
 	@$(if $(NATIVE_TESTS),$(MAKE) --no-print-directory $(JOBS) $(NATIVE_TESTS))

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "copy.hpp"
+#include "failure.hpp"
 #include "fold.hpp"
 
 namespace abccl {
@@ -21,6 +22,8 @@ constexpr size_t tile_bytes = 8192;
 }  // namespace
 
 void Execution::start(const Plan& plan, const void* input, void* output) {
+    if (plan.parameters.remotes != 0 && !remote_)
+        throw Failure(Kind::argument, "a plan with remote peers wants somebody who carries messages to them");
     plan_ = &plan;
     input_ = static_cast<const uint8_t*>(input);
     output_ = static_cast<uint8_t*>(output);
