@@ -21,7 +21,7 @@ from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError
 from ..transports import Execution, Transport, _native
 from ..transports.joint import JOINT, JointTransport
 from ..transports.shm import ShmPlan, ShmTransport
-from ..transports.topology import Topology, alone
+from ..transports.topology import Topology, topology_of
 from .arrays import Array, view
 from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
@@ -78,7 +78,7 @@ class Communicator(PersistentCalls, MessageCalls):
         topology: Topology | None = None,
     ) -> None:
         self.rank, self.size, self.timeout = transport.rank, transport.size, timeout
-        self.topology = topology or alone(transport.size)
+        self.topology = topology or topology_of([range(transport.size)])
         self._transport = transport
         self._native = transport.native if isinstance(transport, ShmTransport) else None
         self._driver = Driver(transport)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -20,9 +20,14 @@ from hypothesis import strategies as st
 import abccl
 from abccl import Communicator, algorithm, recv, send
 from abccl.algorithms import Collective, algorithms, registry
+from abccl.transports import Transport
 from abccl.transports.inproc import inproc
+from abccl.transports.joint import joint_threads
 from abccl.transports.shm import PROTOCOLS, shm_threads
+from abccl.transports.topology import topology_of
 from abccl.transports.types import OPERATORS, TYPES, check_operator, numpy_operator
+
+KINDS = ["shm", "inproc", "joint"]
 
 TYPE_NAMES = [element.name for element in TYPES]
 
@@ -32,9 +37,15 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def threads(size: int, body: Callable[[Communicator], Any], kind: str = "shm", timeout: float = 60.0) -> list[Any]:
-    """What `body` returns on each rank; the ranks are threads."""
-    transports = shm_threads(size) if kind == "shm" else inproc(size)
-    communicators = [Communicator(transport, timeout=timeout) for transport in transports]
+    """What `body` returns on each rank; the ranks are threads. `joint`: on two hosts, in turn."""
+    hosts = [list(range(host, size, 2)) for host in range(min(size, 2))]
+    makers: dict[str, Callable[[], Sequence[Transport]]] = {
+        "shm": lambda: shm_threads(size),
+        "inproc": lambda: inproc(size),
+        "joint": lambda: joint_threads(hosts),
+    }
+    topology = topology_of(hosts) if kind == "joint" else None
+    communicators = [Communicator(made, timeout=timeout, topology=topology) for made in makers[kind]()]
 
     def run(communicator: Communicator) -> Any:
         with communicator:
@@ -69,7 +80,7 @@ def reduced(op: str, contributions: list[np.ndarray[Any, Any]], dtype: str) -> n
     return result
 
 
-@pytest.mark.parametrize("kind", ["shm", "inproc"])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_collectives_against_numpy(kind: str, data: st.DataObject) -> None:
@@ -153,7 +164,7 @@ def test_collectives_against_numpy(kind: str, data: st.DataObject) -> None:
     assert threads(size, body, kind) == [True] * size
 
 
-@pytest.mark.parametrize("kind", ["shm", "inproc"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_avg_and_premul_sum(kind: str, dtype: str) -> None:
     contributions = [values(rank, 1001, dtype) for rank in range(3)]
@@ -205,7 +216,7 @@ def test_tensors_are_read_as_they_are() -> None:
                 assert "ArgumentError" in outcome(lambda tensor=tensor: c.all_reduce(tensor)), name
 
 
-@pytest.mark.parametrize("kind", ["shm", "inproc"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_persistent_collective_is_started_and_waited_for_in_turn(kind: str) -> None:
     refused = threading.Event()
 
@@ -230,7 +241,8 @@ def test_a_persistent_collective_is_started_and_waited_for_in_turn(kind: str) ->
     threads(2, body, kind)
 
 
-def test_all_ranks_get_the_same_bits() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_ranks_get_the_same_bits(kind: str) -> None:
     contributions = [np.random.default_rng(rank).standard_normal(50_001).astype("float32") for rank in range(5)]
 
     def body(c: Communicator) -> list[bytes]:
@@ -242,7 +254,7 @@ def test_all_ranks_get_the_same_bits() -> None:
             results.append(out.tobytes())
         return results
 
-    first, *others = threads(5, body)
+    first, *others = threads(5, body, kind)
     assert all(other == first for other in others)
 
 
@@ -257,9 +269,10 @@ def test_a_nan_reaches_every_rank_by_min_and_max() -> None:
     threads(3, body)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_uneven_parts(data: st.DataObject) -> None:
+def test_uneven_parts(kind: str, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 4), "size")
     sizes = st.one_of(st.integers(0, 20), st.just(9001))
     matrix = [[data.draw(sizes) for _ in range(size)] for _ in range(size)]
@@ -282,10 +295,11 @@ def test_uneven_parts(data: st.DataObject) -> None:
         c.reduce_scatter(own, gathered, counts=counts)
         assert np.array_equal(own, parts[r] * size)
 
-    threads(size, body)
+    threads(size, body, kind)
 
 
-def test_messages_by_source_and_tag() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_by_source_and_tag(kind: str) -> None:
     def body(c: Communicator) -> None:
         left, right = (c.rank - 1) % c.size, (c.rank + 1) % c.size
         sent = [c.send(np.full(n, c.rank + n, "int64"), right, tag=n, async_op=True) for n in (1, 7, 30_000)]
@@ -300,7 +314,7 @@ def test_messages_by_source_and_tag() -> None:
         for work in sent:
             work.wait(60)
 
-    threads(3, body)
+    threads(3, body, kind)
 
 
 def test_split() -> None:
@@ -319,7 +333,8 @@ def test_split() -> None:
     threads(5, body)
 
 
-def test_calls_from_several_threads_are_serialised() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_from_several_threads_are_serialised(kind: str) -> None:
     def body(c: Communicator) -> None:
         def many() -> None:
             for _ in range(50):
@@ -331,10 +346,11 @@ def test_calls_from_several_threads_are_serialised() -> None:
             for future in [pool.submit(many) for _ in range(3)]:
                 future.result()
 
-    threads(2, body)
+    threads(2, body, kind)
 
 
-def test_asynchronous_buffers_stay_alive_and_in_order() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_asynchronous_buffers_stay_alive_and_in_order(kind: str) -> None:
     def body(c: Communicator) -> None:
         for _ in range(20):
             c.all_reduce(np.ones(100_000), async_op=True)  # nobody keeps the array
@@ -344,7 +360,7 @@ def test_asynchronous_buffers_stay_alive_and_in_order() -> None:
         assert all(work.is_completed() for work in works)
         assert (x == c.size**5).all()
 
-    threads(2, body)
+    threads(2, body, kind)
 
 
 def test_a_communicator_is_freed() -> None:

@@ -9,8 +9,10 @@ waits for the network, others move in memory.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from ..algorithms.plan import Instruction, Plan
 from ..errors import AbcclError, Aborted, DeadlineExceeded
 from . import _native
 from .contract import Execution, NativeCall, Operation, Prepared, Request, Transport
+from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
 from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
 from .shm import ShmTransport
@@ -276,3 +279,35 @@ def divide(program: Sequence[Decoded], index: dict[int, int], near: int) -> npt.
                 reclaimed = [number for send in lent for number in sends[send]]
                 code += (Instruction.RECLAIM, len(reclaimed), *reclaimed)
     return np.array(code, dtype=np.int32)
+
+
+def joint_threads(hosts: Sequence[Sequence[int]]) -> list[JointTransport]:
+    """The transports of a new group of ranks that are threads of this process, and mailboxes in it their network.
+
+    For tests and notebooks.
+
+    Args:
+        hosts: the ranks of each host; only these share memory.
+    """
+    size = sum(map(len, hosts))
+    networks = inproc(size)
+    barriers = {tuple(host): threading.Barrier(len(host)) for host in hosts}
+    blobs = [b""] * size
+
+    def make(rank: int) -> JointTransport:
+        members = next(host for host in hosts if rank in host)
+        barrier = barriers[tuple(members)]
+
+        def exchange(data: bytes) -> list[bytes]:
+            blobs[rank] = data
+            barrier.wait(60)
+            everyone = [blobs[member] for member in members]
+            barrier.wait(60)
+            return everyone
+
+        names = joint_order(members, size)
+        local = ShmTransport(members.index(rank), len(members), exchange, names)
+        return JointTransport(local, members, networks[rank])
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(make, range(size)))

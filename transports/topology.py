@@ -75,10 +75,9 @@ class Topology:
         return "\n".join(lines)
 
 
-def alone(size: int) -> Topology:
-    """Ranks of which nothing is known but that they reach each other: one host."""
-    everyone = tuple(range(size))
-    return Topology((Host("here", everyone, (everyone,)),))
+def topology_of(hosts: Iterable[Iterable[int]]) -> Topology:
+    """Ranks that are known to be on these hosts, of which nothing else is known."""
+    return Topology(tuple(Host(f"host {n}", (r := tuple(ranks)), (r,)) for n, ranks in enumerate(hosts)))
 
 
 def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
@@ -87,7 +86,7 @@ def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
         trials = [_Trial(named) for named in (False, True)]
         for trial in trials:
             regions.callback(trial.region.unlink_name)
-        card = {"host": host_identity(), "name": socket.gethostname(), "place": _place()}
+        card: dict[str, Any] = {"host": host_identity(), "name": socket.gethostname(), "place": _place()}
         card |= {"pid": os.getpid(), "trials": [trial.card for trial in trials]}
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         attached = {peer: how for peer in range(size) if (how := _attaches(card, cards[peer])) is not None}
