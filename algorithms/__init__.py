@@ -1,9 +1,36 @@
 """Schedules: the vocabulary, the registry, the library of algorithms, and what reads them."""
 
-from . import bruck, chain, direct, double_tree, doubling, ring, scatter_all_gather, tree
+from . import (
+    bine,
+    bruck,
+    chain,
+    direct,
+    double_tree,
+    doubling,
+    knomial,
+    multiplying,
+    neighbor_exchange,
+    pat,
+    ring,
+    scatter_all_gather,
+    swing,
+    tree,
+)
 from .collective import Block, Collective, to_collective
 from .cost import Link, check_counts, counts, measured
-from .registry import Algorithm, Counts, Restriction, algorithm, algorithms, at_least, lookup, per_rank, power_of_two
+from .hierarchical import hierarchical
+from .parameters import Parameter
+from .registry import (
+    Algorithm,
+    Counts,
+    Restriction,
+    algorithm,
+    algorithms,
+    at_least,
+    lookup,
+    per_rank,
+    power_of_two,
+)
 from .replay import Replay, canonical, replay
 from .schedule import Message, Program, Recv, Send, Step, mirror, recv, relabel, send, steps
 
@@ -14,6 +41,7 @@ __all__ = [
     "Counts",
     "Link",
     "Message",
+    "Parameter",
     "Program",
     "Recv",
     "Replay",
@@ -26,6 +54,7 @@ __all__ = [
     "canonical",
     "check_counts",
     "counts",
+    "hierarchical",
     "lookup",
     "measured",
     "mirror",

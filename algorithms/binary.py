@@ -1,4 +1,4 @@
-"""Numbers that recur where ranks are halved or doubled."""
+"""Numbers that recur where ranks are halved, doubled, or divided by another radix."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ def ceil_log2(size: int) -> int:
     return (size - 1).bit_length()
 
 
-def widest(size: int) -> int:
-    """The largest of the doubling distances min(2**k, size - 2**k), 1 for a single rank.
+def ceil_log(size: int, radix: int) -> int:
+    """The smallest k with radix**k >= size: the digits of the last of `size` ranks."""
+    digits, reach = 0, 1
+    while reach < size:
+        digits, reach = digits + 1, reach * radix
+    return digits
 
-    It is the size of the largest subtree below the root of a binomial tree, too.
+
+def widest(size: int, radix: int = 2) -> int:
+    """The largest of the parts min(radix**k, size - radix**k), 1 for a single rank.
+
+    It is the size of the largest subtree below the root of a k-nomial tree, too.
     """
-    half = 1 << ceil_log2(size) >> 1
-    return max(1, half // 2, size - half)
+    top: int = radix ** ceil_log(size, radix) // radix
+    return max(1, top // radix, min(top, size - top))

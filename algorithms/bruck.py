@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from .collective import Collective
+from .parameters import RADIX
 from .registry import Counts, algorithm
 from .schedule import Message, Program, recv, send
 
@@ -53,14 +54,14 @@ def _counts(size: int, radix: int) -> Counts:
     return Counts(len(messages), Fraction(sum(map(sum, messages)), size), Fraction(0))
 
 
-@algorithm(Collective.ALL_TO_ALL, largest=lambda p: _largest(p, 4), counts=lambda p: _counts(p, 4))
-def bruck_all_to_all(rank: int, size: int) -> Program:
-    """Digit routing with radix 4: three messages per step.
+@algorithm(Collective.ALL_TO_ALL, parameters=RADIX, largest=_largest, counts=_counts)
+def bruck_all_to_all(rank: int, size: int, radix: int) -> Program:
+    """Digit routing: up to radix - 1 messages per step.
 
-    ceil(log4 size) steps; every block is sent as often as its distance has digits other than 0, about
-    3/4 log4 size send buffers in all. Bruck et al. 1997.
+    ceil(log_radix size) steps; every block is sent as often as its distance has digits other than 0, about
+    (radix - 1)/radix log_radix size send buffers in all. Bruck et al. 1997.
     """
-    yield from digit_routing(rank, size, 4)
+    yield from digit_routing(rank, size, radix)
 
 
 @algorithm(Collective.ALL_TO_ALL, largest=lambda p: _largest(p, 2), counts=lambda p: _counts(p, 2))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
-from .binary import ceil_log2, floor_log2, widest
+from .binary import ceil_log, ceil_log2, floor_log2, widest
 from .collective import Collective
+from .multiplying import recursive_multiplying_all_gather, recursive_multiplying_reduce_scatter
+from .parameters import RADIX
 from .registry import Counts, algorithm, per_rank
 from .schedule import Program, mirror, recv, send
 from .tree import tree_scatter
@@ -22,15 +25,7 @@ def recursive_doubling_all_gather(rank: int, size: int) -> Program:
     ceil(log2 size) steps; (size - 1)/size of the result sent per rank. The dissemination pattern of
     Bruck et al. 1997, which needs no power of two.
     """
-    distance = 1
-    while distance < size:
-        taken = range(min(distance, size - distance))
-        before, behind = (rank - distance) % size, (rank + distance) % size
-        yield (
-            send(before, *((rank + i) % size for i in taken)),
-            recv(behind, *((behind + i) % size for i in taken)),
-        )
-        distance *= 2
+    yield from recursive_multiplying_all_gather(rank, size, 2)
 
 
 @algorithm(
@@ -49,19 +44,20 @@ def recursive_doubling_reduce_scatter(rank: int, size: int) -> Program:
 
 @algorithm(
     Collective.ALL_REDUCE,
+    parameters={"radix": replace(RADIX["radix"], default=2)},
     blocks=per_rank,
     largest=widest,
-    counts=lambda p: Counts(2 * ceil_log2(p), Fraction(2 * (p - 1), p), Fraction(p - 1, p)),
+    counts=lambda p, radix: Counts(2 * ceil_log(p, radix), Fraction(2 * (p - 1), p), Fraction(p - 1, p)),
 )
-def rabenseifner_all_reduce(rank: int, size: int) -> Program:
-    """Recursive halving reduce_scatter, then recursive doubling all_gather.
+def rabenseifner_all_reduce(rank: int, size: int, radix: int) -> Program:
+    """Recursive halving reduce_scatter, then recursive doubling all_gather; or dividing and multiplying by the radix.
 
-    2 ceil(log2 size) steps; 2 (size - 1)/size of the vector sent, half of it folded: the ring's bytes in a
+    2 ceil(log_radix size) steps; 2 (size - 1)/size of the vector sent, half of it folded: the ring's bytes in a
     logarithm of its steps. Rabenseifner 2004; where he folds other sizes than powers of two to one first, this
     uses the dissemination pattern of Bruck et al. 1997.
     """
-    yield from recursive_doubling_reduce_scatter(rank, size)
-    yield from recursive_doubling_all_gather(rank, size)
+    yield from recursive_multiplying_reduce_scatter(rank, size, radix)
+    yield from recursive_multiplying_all_gather(rank, size, radix)
 
 
 def _butterfly_rounds(size: int) -> int:

@@ -5,7 +5,7 @@ A subtree is a range of ranks, so whatever gathers and scatters by it moves rang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from .binary import ceil_log2, floor_log2, widest
@@ -13,30 +13,39 @@ from .collective import Block, Collective
 from .registry import Counts, algorithm
 from .schedule import Program, mirror, recv, send
 
-Cargo = Callable[[range], Iterable[Block]]
+Cargo = Callable[[Sequence[int]], Iterable[Block]]
+"""What a message carries, from the ranks of the subtree that it is for."""
 
 
-def _down(rank: int, size: int, cargo: Cargo) -> Program:
-    """Every rank receives its subtree's cargo from its parent, then serves its children, the largest first."""
-    reach = rank & -rank or 1 << ceil_log2(size)
+def down(rank: int, size: int, cargo: Cargo, radix: int = 2) -> Program:
+    """Every rank receives its subtree's cargo from its parent, then serves its children, the largest first.
+
+    The tree is k-nomial, of that radix: rank r hangs below r without its lowest digit other than 0, and serves the
+    children that differ in the same digit in one step.
+    """
+    reach = 1
+    while reach < size and rank % (reach * radix) == 0:
+        reach *= radix
     if rank:
-        yield recv(rank - reach, *cargo(range(rank, min(rank + reach, size))))
+        yield recv(rank - rank % (reach * radix), *cargo(range(rank, min(rank + reach, size))))
     while reach > 1:
-        reach //= 2
-        child = rank + reach
-        if child < size:
-            yield send(child, *cargo(range(child, min(child + reach, size))))
+        reach //= radix
+        children = range(rank + reach, min(rank + reach * radix, size), reach)
+        yield [send(child, *cargo(range(child, min(child + reach, size)))) for child in children]
 
 
-def _up(rank: int, size: int, cargo: Cargo, reduce: bool = False) -> Program:
-    return mirror(_down(rank, size, cargo), reduce)
+def up(rank: int, size: int, cargo: Cargo, radix: int = 2, reduce: bool = False) -> Program:
+    """The way back: every rank hands its subtree's cargo to its parent, once its children have handed it theirs."""
+    return mirror(down(rank, size, cargo, radix), reduce)
 
 
-def _all(blocks: int) -> Cargo:
+def whole(blocks: int) -> Cargo:
+    """All blocks, to everyone."""
     return lambda subtree: range(blocks)
 
 
-def _own(subtree: range) -> range:
+def own(subtree: Sequence[int]) -> Sequence[int]:
+    """The blocks of the subtree's ranks."""
     return subtree
 
 
@@ -49,7 +58,7 @@ def tree_broadcast(rank: int, size: int) -> Program:
 
     ceil(log2 size) steps; the root sends the vector that many times. Thakur, Rabenseifner & Gropp 2005.
     """
-    yield from _down(rank, size, _all(1))
+    yield from down(rank, size, whole(1))
 
 
 @algorithm(
@@ -62,7 +71,7 @@ def tree_reduce(rank: int, size: int) -> Program:
     floor(log2 size) steps; every rank but the root sends the vector once, the root folds ceil(log2 size)
     of them. Thakur, Rabenseifner & Gropp 2005.
     """
-    yield from _up(rank, size, _all(1), reduce=True)
+    yield from up(rank, size, whole(1), reduce=True)
 
 
 @algorithm(
@@ -88,7 +97,7 @@ def tree_scatter(rank: int, size: int) -> Program:
 
     ceil(log2 size) steps; the root sends (size - 1)/size of its vector. Chan et al. 2007.
     """
-    yield from _down(rank, size, _own)
+    yield from down(rank, size, own)
 
 
 @algorithm(
@@ -101,7 +110,7 @@ def tree_gather(rank: int, size: int) -> Program:
 
     floor(log2 size) steps; the root's largest child sends up to half of the result. Chan et al. 2007.
     """
-    yield from _up(rank, size, _own)
+    yield from up(rank, size, own)
 
 
 @algorithm(
@@ -119,7 +128,7 @@ def tree_reduce_scatter(rank: int, size: int) -> Program:
     floor(log2 size) + ceil(log2 size) steps; less than 3/2 of the vector sent, ceil(log2 size) vectors
     folded by the root.
     """
-    yield from _up(rank, size, _all(size), reduce=True)
+    yield from up(rank, size, whole(size), reduce=True)
     yield from tree_scatter(rank, size)
 
 
@@ -134,7 +143,7 @@ def tree_all_gather(rank: int, size: int) -> Program:
     floor(log2 size) + ceil(log2 size) steps; the root sends the result ceil(log2 size) times.
     """
     yield from tree_gather(rank, size)
-    yield from _down(rank, size, _all(size))
+    yield from down(rank, size, whole(size))
 
 
 @algorithm(
@@ -168,5 +177,5 @@ def tree_all_to_all(rank: int, size: int) -> Program:
     tiny blocks on networks where messages are dear.
     """
     everyone = range(size)
-    yield from _up(rank, size, lambda subtree: [(s, d) for s in subtree for d in everyone if d not in subtree])
-    yield from _down(rank, size, lambda subtree: [(s, d) for d in subtree for s in everyone if s not in subtree])
+    yield from up(rank, size, lambda subtree: [(s, d) for s in subtree for d in everyone if d not in subtree])
+    yield from down(rank, size, lambda subtree: [(s, d) for d in subtree for s in everyone if s not in subtree])

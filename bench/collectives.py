@@ -177,12 +177,22 @@ def cases(
         return
     facts = FACTS[collective]
     share = element_type(dtype).itemsize * (ranks if facts.x_parts or facts.out_parts else 1)
+    for count in counts(sizes, share):
+        yield Case(collective, dtype, op if collective.reduces else "", count, ranks, in_place)
+
+
+def counts(sizes: tuple[int, int, int], share: int) -> Iterator[int]:
+    """From the smallest to the largest size how many times `share` bytes it is: rounded down, at least 1, none twice.
+
+    Args:
+        sizes: as in `cases`.
+    """
     smallest, largest, factor = sizes
     last = 0
     for step in range(1 + int(math.log(largest / smallest, factor) + 1e-9)):
         count = max(1, smallest * factor**step // share)
         if count > last:
-            yield Case(collective, dtype, op if collective.reduces else "", count, ranks, in_place)
+            yield count
         last = count
 
 

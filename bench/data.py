@@ -20,7 +20,7 @@ import numpy as np
 
 from ..algorithms import Collective
 from ..transports.types import element_type, numpy_dtype, numpy_operator
-from .collectives import Case
+from .messages import AnyCase, Exchange
 
 Values = np.ndarray[Any, Any]
 
@@ -37,8 +37,11 @@ class Piece(NamedTuple):
     elements: int
 
 
-def pieces(case: Case, rank: int, root: int) -> list[Piece]:
-    """What `rank` must have after the call; nothing if the collective leaves it empty-handed."""
+def pieces(case: AnyCase, rank: int, root: int) -> list[Piece]:
+    """What `rank` must have after the call; nothing if it leaves it empty-handed."""
+    if isinstance(case, Exchange):
+        source = case.source(rank)
+        return [] if source is None else [Piece(0, (source,), 0, case.count)]
     everyone, count = tuple(range(case.ranks)), case.count
     match case.collective:
         case Collective.ALL_REDUCE:
@@ -61,7 +64,7 @@ def pieces(case: Case, rank: int, root: int) -> list[Piece]:
             return []
 
 
-def values(case: Case, seed: int, rank: int, start: int, stop: int) -> Values:
+def values(case: AnyCase, seed: int, rank: int, start: int, stop: int) -> Values:
     """Elements start to stop of the input of `rank`."""
     first, last = start // CHUNK, -(-stop // CHUNK)
     chunks = [_chunk(case.dtype, case.op, case.ranks, seed, rank, number) for number in range(first, last)]
@@ -90,7 +93,7 @@ def _chunk(dtype: str, op: str, ranks: int, seed: int, rank: int, number: int) -
     return signed.view(target) if kind == "c" else signed.astype(target, copy=False)
 
 
-def timing_values(case: Case, seed: int, rank: int, start: int, stop: int) -> Values:
+def timing_values(case: AnyCase, seed: int, rank: int, start: int, stop: int) -> Values:
     """Like `values`, in a form that may be reduced in place again and again."""
     drawn = values(case, seed, rank, start, stop)
     if element_type(case.dtype).kind not in "fc":
@@ -104,7 +107,7 @@ def timing_values(case: Case, seed: int, rank: int, start: int, stop: int) -> Va
     return drawn
 
 
-def calls_until_overflow(case: Case) -> int | None:
+def calls_until_overflow(case: AnyCase) -> int | None:
     """How often the collective may be called in place on `timing_values`; None if there is no limit."""
     if case.op != "sum" or not case.in_place or element_type(case.dtype).kind not in "fc" or case.ranks == 1:
         return None
@@ -127,7 +130,7 @@ def _finfo(dtype: str) -> Any:
     return np.finfo(numpy_dtype(dtype))
 
 
-def fill(case: Case, target: Values, seed: int, rank: int, timing: bool = False) -> None:
+def fill(case: AnyCase, target: Values, seed: int, rank: int, timing: bool = False) -> None:
     """Write the input of `rank` into `target`."""
     draw = timing_values if timing else values
     for start in range(0, target.size, CHUNK):
@@ -140,7 +143,7 @@ def poison(target: Values) -> None:
     target.view(np.uint8)[:] = 1 if target.dtype == bool else 0xFF  # a NaN, and -1 or the largest integer
 
 
-def count_wrong(case: Case, result: Values, seed: int, rank: int, root: int) -> int:
+def count_wrong(case: AnyCase, result: Values, seed: int, rank: int, root: int) -> int:
     """How many elements of the result of `rank` are not what they must be."""
     wrong = 0
     for piece in pieces(case, rank, root):
@@ -159,7 +162,7 @@ def _chunks(piece: Piece) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _wrong_in(case: Case, got: Values, inputs: list[Values]) -> int:
+def _wrong_in(case: AnyCase, got: Values, inputs: list[Values]) -> int:
     kind = element_type(case.dtype).kind
     if not case.op:
         return _differing(got, inputs[0])

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 ROUNDS, FEWEST_ROUNDS = 40, 5
-WARM_CALLS = 16
-"""Untimed calls for each root: libraries map memory, and find out how to move it, in the first few (OSU makes 10)."""
+WARM_CALLS, WARM_LONGEST = 16, 1.0
+"""Untimed calls for each root: libraries map memory and find out how to move it in the first few (OSU makes 10). Fewer
+where they would take more than so many seconds."""
 LONGEST_BATCH = 1000
 WARM, TRIED = 0.002, 5
 """Seconds of calls in one try, and how often a fast subject is tried, to know how many calls fit its slice."""
@@ -53,7 +54,7 @@ class Subject:
     """
 
     calls: Sequence[Call]
-    refill: Callable[[], None]
+    refill: Call
     limit: int | None
 
 
@@ -75,6 +76,12 @@ class Timing:
     def seconds(self) -> float:
         """The median round."""
         return float(np.median(self.rounds))
+
+    def divided(self, parts: int) -> Timing:
+        """Of one of so many parts of a call."""
+        return Timing(
+            tuple(time / parts for time in self.rounds), tuple(time / parts for time in self.by_rank), self.calls
+        )
 
 
 class Meter:
@@ -122,8 +129,10 @@ class Meter:
 
     def _estimate(self, subject: Subject, order: Iterator[int]) -> float:
         """The seconds of a call: of a few tries the fastest, since one that was interrupted would say too much."""
-        calls = 1
-        self._slice(subject, order, WARM_CALLS * len(subject.calls))
+        calls, ways = 1, len(subject.calls)
+        warm = max(self.slowest(self._slice(subject, order, ways)), 1e-9)
+        if warm < WARM_LONGEST:
+            self._slice(subject, order, ways * min(WARM_CALLS - 1, int(WARM_LONGEST / warm)))
         while (elapsed := self.slowest(self._slice(subject, order, calls))) < WARM and calls < LONGEST_BATCH:
             calls *= 4
         spent, fastest = elapsed, elapsed

@@ -1,85 +1,31 @@
 """Who is measured. A peer is how to call a collective on prepared buffers, through the door that its users use.
 
-    abccl, direct     the Communicator, on numpy arrays or torch tensors
+    abccl, direct     the Communicator, on numpy arrays, torch tensors or cupy arrays
     abccl, torch      torch.distributed with backend "abccl", on torch tensors
     gloo              torch.distributed with backend "gloo", on torch tensors
-    mpi               mpi4py's buffer calls ([array, MPI.FLOAT]), on numpy arrays
+    mpi               mpi4py's buffer calls ([array, MPI.FLOAT]), on numpy or cupy arrays
 
 All of them get the same memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ..algorithms import Collective
-from ..collectives import Communicator, premul_sum
+from ..collectives import premul_sum
 from ..errors import AbcclError, ArgumentError
-from ..transports.types import element_type, numpy_dtype
+from ..transports.types import element_type
+from .buffers import Buffers, import_torch
 from .collectives import Case
-from .data import Values
 from .measure import Call
+from .messages import AnyCase, Endpoint, Exchange, exchange, idle
 from .world import World, import_or
-
-
-class Buffers:
-    """Memory for one case: `x` and `out`, as numpy arrays and as torch tensors.
-
-    It is allocated as users of the library would: numpy's large arrays begin 16 bytes behind a page, torch's are
-    aligned to 64 bytes.
-
-    Attributes:
-        library: "numpy", "torch" or "comm.empty", the communicator's registered memory: who allocated it.
-
-    Raises:
-        ArgumentError: this communicator has no registered memory.
-    """
-
-    def __init__(self, case: Case, library: str, comm: Communicator) -> None:
-        self.case, self.library = case, library
-        self._tensors: dict[str, Any] = {}
-        counts = {"x": case.x_count, "out": 0 if case.in_place else case.out_count}
-        if library == "torch":
-            torch = _torch()
-            self._tensors = {
-                name: torch.empty(count, dtype=getattr(torch, case.dtype)) for name, count in counts.items()
-            }
-        self._arrays: dict[str, Values] = {
-            name: self._tensors[name].view(torch.uint8).numpy().view(numpy_dtype(case.dtype))
-            if library == "torch"
-            else _registered(comm)(count, case.dtype)
-            if library == "comm.empty" and count
-            else np.empty(count, numpy_dtype(case.dtype))
-            for name, count in counts.items()
-        }
-
-    @property
-    def x(self) -> Values:
-        """The input."""
-        return self._arrays["x"]
-
-    @property
-    def result(self) -> Values:
-        """Where the result goes."""
-        return self._arrays["x" if self.case.in_place else "out"]
-
-    def arrays(self) -> tuple[Values, Values]:
-        """`x` and `out` as numpy arrays."""
-        return self._arrays["x"], self._arrays["out"]
-
-    def tensors(self) -> tuple[Any, Any]:
-        """`x` and `out` as torch tensors."""
-        if not self._tensors:
-            torch = _torch()
-            for name, array in self._arrays.items():
-                self._tensors[name] = torch.from_numpy(array.view(np.uint8)).view(getattr(torch, self.case.dtype))
-        return self._tensors["x"], self._tensors["out"]
 
 
 class Peer(ABC):
@@ -93,7 +39,21 @@ class Peer(ABC):
 
     name: str
     door: str
+    rank: int
     algorithm = "auto"
+
+    def call(self, case: AnyCase, buffers: Buffers, root: int) -> Call:
+        """What is measured of the case, ready to be made.
+
+        Raises:
+            ArgumentError: the library has no such thing.
+        """
+        if isinstance(case, Case):
+            return self.prepare(case, buffers, root)
+        if self.rank not in case.pair:
+            return idle
+        first, second = case.pair
+        return exchange(case, self.rank, self.endpoint(case, buffers, second if self.rank == first else first))
 
     @abstractmethod
     def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
@@ -103,7 +63,15 @@ class Peer(ABC):
             ArgumentError: the library has no such collective, type or operator.
         """
 
-    def first(self, call: Call, case: Case) -> None:
+    @abstractmethod
+    def endpoint(self, case: Exchange, buffers: Buffers, other: int) -> Endpoint:
+        """How to send to the rank `other` and to receive from it.
+
+        Raises:
+            ArgumentError: the library has no such type.
+        """
+
+    def first(self, call: Call, case: AnyCase) -> None:
         """Make a call for the first time.
 
         Raises:
@@ -144,9 +112,23 @@ class AbcclDirect(Peer):
         started: Call = initialise(*plain.args, **plain.keywords)
         return started
 
+    def endpoint(self, case: Exchange, buffers: Buffers, other: int) -> Endpoint:
+        """See `Peer.endpoint`."""
+        comm, (x, out) = self.comm, buffers.of(self.array)
+        return Endpoint(
+            x,
+            out,
+            (x[:1], out[:1]),
+            lambda message, tag: comm.send(message, other, tag),
+            lambda message, tag: comm.recv(message, other, tag),
+            lambda message, tag: comm.send(message, other, tag, async_op=True),
+            lambda message, tag: comm.recv(message, other, tag, async_op=True),
+            _wait_each,
+        )
+
     def _plain(self, case: Case, buffers: Buffers, root: int) -> partial[object]:
         comm, here = self.comm, self.rank == root
-        x, out = buffers.arrays() if self.array == "numpy" else buffers.tensors()
+        x, out = buffers.of(self.array)
         op = premul_sum(1 / case.ranks) if case.op == "premul_sum" else case.op
         forced: dict[str, Any] = {} if self.algorithm == "auto" else {"algorithm": self.algorithm}
         options: dict[str, Any] = forced if case.in_place else {"out": out, **forced}
@@ -185,7 +167,7 @@ class TorchPeer(Peer):
     def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
         """See `Peer.prepare`."""
         dist, group, here = self.distributed, self.group, self.rank == root
-        x, out = buffers.tensors()
+        x, out = buffers.of("torch")
         if not case.in_place and case.facts.both_ways:
             raise ArgumentError(f"torch.distributed has its {case.collective.value} in place: leave out --out-of-place")
         if case.op == "premul_sum":
@@ -211,6 +193,20 @@ class TorchPeer(Peer):
             case Collective.BARRIER:
                 return partial(dist.barrier, group)
 
+    def endpoint(self, case: Exchange, buffers: Buffers, other: int) -> Endpoint:
+        """See `Peer.endpoint`."""
+        dist, group, (x, out) = self.distributed, self.group, buffers.of("torch")
+        return Endpoint(
+            x,
+            out,
+            (x[:1], out[:1]),
+            lambda message, tag: dist.send(message, other, group, tag),
+            lambda message, tag: dist.recv(message, other, group, tag),
+            lambda message, tag: dist.isend(message, other, group, tag),
+            lambda message, tag: dist.irecv(message, other, group, tag),
+            _wait_each,
+        )
+
 
 class AbcclTorch(TorchPeer):
     """abccl as a backend of torch.distributed."""
@@ -228,7 +224,7 @@ class AbcclTorch(TorchPeer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        return {"version": f"{_abccl_version()}, torch {_torch().__version__}", **settings("ABCCL_")}
+        return {"version": f"{_abccl_version()}, torch {import_torch().__version__}", **settings("ABCCL_")}
 
 
 class Gloo(TorchPeer):
@@ -241,17 +237,27 @@ class Gloo(TorchPeer):
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
-        return {"version": f"torch {_torch().__version__}", **settings("GLOO_", "TORCH_GLOO_")}
+        return {"version": f"torch {import_torch().__version__}", **settings("GLOO_", "TORCH_GLOO_")}
 
 
 class MPI(Peer):
-    """The MPI library that started the ranks, by mpi4py."""
+    """The MPI library that started the ranks, by mpi4py.
+
+    Raises:
+        ArgumentError: it is to take what a GPU holds, and can not.
+    """
 
     name, door = "mpi", "direct"
 
-    def __init__(self, world: World, persistent: bool = False) -> None:
+    def __init__(self, world: World, array: str = "numpy", persistent: bool = False) -> None:
         self.mpi, self.rank, self.persistent = world.mpi(), world.rank, persistent
         self.comm = self.mpi.COMM_WORLD
+        self.array = "cupy" if array == "cupy" else "numpy"
+        if self.array == "cupy" and not _cuda_aware(self.mpi):
+            raise ArgumentError(
+                f"{self._library()} is not CUDA-aware, and would take a GPU's address for one of the host: leave out "
+                f"--array cupy, or start by the mpirun of one that is"
+            )
 
     def prepare(self, case: Case, buffers: Buffers, root: int) -> Call:
         """See `Peer.prepare`."""
@@ -270,7 +276,7 @@ class MPI(Peer):
     def _plain(self, case: Case, buffers: Buffers, root: int) -> partial[object]:
         comm, here = self.comm, self.rank == root
         mpi_type = self._type(case)
-        x, out = ([array, mpi_type] for array in buffers.arrays())
+        x, out = ([array, mpi_type] for array in buffers.of(self.array))
         op = self._operator(case) if case.op else None
         match case.collective:
             case Collective.ALL_REDUCE:
@@ -293,7 +299,21 @@ class MPI(Peer):
             case Collective.BARRIER:
                 return partial(comm.Barrier)
 
-    def _type(self, case: Case) -> Any:
+    def endpoint(self, case: Exchange, buffers: Buffers, other: int) -> Endpoint:
+        """See `Peer.endpoint`."""
+        comm, mpi_type, (x, out) = self.comm, self._type(case), buffers.of(self.array)
+        return Endpoint(
+            [x, mpi_type],
+            [out, mpi_type],
+            ([x[:1], mpi_type], [out[:1], mpi_type]),
+            lambda message, tag: comm.Send(message, other, tag),
+            lambda message, tag: comm.Recv(message, other, tag),
+            lambda message, tag: comm.Isend(message, other, tag),
+            lambda message, tag: comm.Irecv(message, other, tag),
+            self.mpi.Request.Waitall,
+        )
+
+    def _type(self, case: AnyCase) -> Any:
         """MPI's predefined type; a duplicate, as mpi4py.util.dtlib makes, is refused by MPI's operators."""
         names = {"float32": "FLOAT", "float64": "DOUBLE", "bool": "C_BOOL"}
         names |= {"complex64": "C_FLOAT_COMPLEX", "complex128": "C_DOUBLE_COMPLEX"}
@@ -318,6 +338,20 @@ class MPI(Peer):
         """Its name and version, of which MPICH makes two columns."""
         first = self.mpi.Get_library_version().strip("\0").splitlines()[0].split(", package")[0]
         return " ".join(first.replace("Version:", "").split())
+
+
+def _wait_each(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _cuda_aware(mpi: Any) -> bool:
+    """Whether the library behind mpi4py says that it takes a GPU's memory."""
+    # MPI has no call for it. Open MPI and MPICH, and those that come of them, have this function beside it.
+    try:
+        return bool(ctypes.CDLL(mpi.__file__).MPIX_Query_cuda_support())
+    except (OSError, AttributeError):
+        return False
 
 
 class _Persistent:
@@ -357,21 +391,9 @@ def settings(*prefixes: str) -> dict[str, str]:
     return {name: found[name] for name in sorted(found) if not name.startswith(_NOT_SETTINGS)}
 
 
-def _registered(comm: Communicator) -> Any:
-    """The communicator's allocator of registered memory."""
-    allocate = getattr(comm, "empty", None)
-    if allocate is None:
-        raise ArgumentError("this abccl has no registered memory (comm.empty): leave out --registered")
-    return allocate
-
-
 def _newest(module: Any, name: str, former: str) -> Any:
     """The function of that name, or of its former name: torch renamed some, and the old ones warn on every call."""
     return getattr(module, name, None) or getattr(module, former)
-
-
-def _torch() -> Any:
-    return import_or("torch", "pip install 'abccl[torch]'")
 
 
 def _abccl_version() -> str:

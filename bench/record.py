@@ -8,8 +8,9 @@ import os
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from .messages import Exchange
 from .run import Report, Row, geometric_mean
 
 CAP = 10.0
@@ -17,28 +18,61 @@ CAP = 10.0
 
 
 def means(report: Report) -> list[dict[str, Any]]:
-    """The geometric means of the ratios, for each rival and each way of abccl."""
+    """The geometric means of the ratios, for each rival and each way of abccl; for messages, pattern by pattern."""
     found = []
-    for index, name in enumerate(report.options.rivals):
-        for which in range(len(report.rows[0].ours) if report.rows else 0):
-            pairs = [(row.ratio(row.rivals[index], row.ours[which]), row.case.size) for row in report.rows]
-            ratios = [(ratio, size) for ratio, size in pairs if ratio is not None]
-            if not ratios:
-                continue
-            ours, plain = report.rows[0].ours[which], [ratio for ratio, _ in ratios]
-            found.append(
-                {
+    for rows in _alike(report.rows):
+        for index, name in enumerate(report.options.rivals):
+            for which, ours in enumerate(rows[0].ours):
+                pairs = [(row.ratio(row.rivals[index], row.ours[which]), row.case.size) for row in rows]
+                ratios = [(ratio, size) for ratio, size in pairs if ratio is not None]
+                if not ratios:
+                    continue
+                about = {
                     "library": name,
                     "through": ours.door,
                     "algorithm": ours.algorithm,
-                    "one_of_several": len(report.rows[0].ours) > 1,
-                    "geometric_mean": geometric_mean(plain),
-                    "geometric_mean_capped": geometric_mean(plain, CAP),
-                    "smallest": min(ratios)[0],
-                    "smallest_at": min(ratios)[1],
+                    "one_of_several": len(rows[0].ours) > 1,
                 }
-            )
+                found.append({**about, **_pattern(rows[0]), **_mean(ratios)})
     return found
+
+
+def among(report: Report) -> list[dict[str, Any]]:
+    """The geometric means of each algorithm's time by that of the automatic choice, where both were measured."""
+    found = []
+    ways = report.rows[0].ours if report.rows else ()
+    for index, way in enumerate(ways):
+        auto = next((i for i, other in enumerate(ways) if (other.door, other.algorithm) == (way.door, "auto")), index)
+        if auto != index:
+            ratios = [
+                (row.ours[index].timing.seconds / row.ours[auto].timing.seconds, row.case.size) for row in report.rows
+            ]
+            found.append({"algorithm": way.algorithm, "through": way.door, **_mean(ratios)})
+    return found
+
+
+def _mean(ratios: list[tuple[float, int]]) -> dict[str, float]:
+    """Of ratios, each with its size."""
+    plain = [ratio for ratio, _ in ratios]
+    smallest, size = min(ratios)
+    return {
+        "geometric_mean": geometric_mean(plain),
+        "geometric_mean_capped": geometric_mean(plain, CAP),
+        "smallest": smallest,
+        "smallest_at": size,
+    }
+
+
+def _alike(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each pattern of messages; those of a collective together."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_pattern(row).get("pattern"), []).append(row)
+    return list(found.values())
+
+
+def _pattern(row: Row) -> dict[str, str]:
+    return {"pattern": row.case.pattern.value} if isinstance(row.case, Exchange) else {}
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -47,8 +81,11 @@ def as_data(report: Report) -> dict[str, Any]:
     return {
         "command": options.command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "collective": options.collective.value,
+        "collective": options.call,
+        "pair": options.pair,
         "ranks": options.ranks,
+        "hosts": [{"name": host.name, "ranks": host.ranks} for host in report.hosts],
+        "transport": report.transport,
         "started_by": report.started_by,
         "in_place": options.in_place,
         "root": options.root,
@@ -61,6 +98,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "regimes": [asdict(regime) | {"name": regime.name} if regime else None for regime in report.regimes],
         "rows": [_row_as_data(row) for row in report.rows],
         "means": means(report),
+        "algorithms": among(report),
         "wrong": report.wrong if options.check else None,
     }
 
@@ -68,7 +106,7 @@ def as_data(report: Report) -> dict[str, Any]:
 def _row_as_data(row: Row) -> dict[str, Any]:
     case = row.case
     dtype = case.dtype if case.count else None
-    shared = {"size": case.size, "count": case.count, "type": dtype, "redop": case.op or None}
+    shared = {**_pattern(row), "size": case.size, "count": case.count, "type": dtype, "redop": case.op or None}
     figures = []
     for measured in (*row.ours, *row.rivals):
         seconds = measured.timing.seconds
@@ -108,12 +146,12 @@ def replace_file(path: Path, content: bytes) -> None:
         half.unlink(missing_ok=True)
 
 
-def write_json(report: Report, path: Path) -> None:
+def write_json(report: Report, file: TextIO) -> None:
     """Write everything."""
-    path.write_text(json.dumps(as_data(report), indent=1) + "\n", encoding="utf-8")
+    file.write(json.dumps(as_data(report), indent=1) + "\n")
 
 
-def write_csv(report: Report, path: Path) -> None:
+def write_csv(report: Report, file: TextIO) -> None:
     """Write a line for each library and size, without the rounds."""
     left_out = {"rounds_us", "medians_of_ranks_us"}
     lines = []
@@ -121,7 +159,6 @@ def write_csv(report: Report, path: Path) -> None:
         shared = {name: value for name, value in row.items() if name not in ("measured", "ratios")}
         for measured in row["measured"]:
             lines.append({**shared, **{name: value for name, value in measured.items() if name not in left_out}})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-        writer.writeheader()
-        writer.writerows(lines)
+    writer = csv.DictWriter(file, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)

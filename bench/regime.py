@@ -63,11 +63,12 @@ class Regime:
 
 
 class Probe:
-    """Memory that ranks 0 and 1 share, by which they find out. All ranks make it, together."""
+    """Memory that ranks 0 and 1 share, by which they find out, where they share a host. All ranks make it, together."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        fd = _fd(lambda: os.memfd_create("abccl-bench")) if world.rank == 0 else -1
+        serves = world.rank == 0 and world.share_host(0, 1)
+        fd = _fd(lambda: os.memfd_create("abccl-bench")) if serves else -1
         if fd >= 0:
             os.ftruncate(fd, SIZE)
         path = world.tell("" if fd < 0 else f"/proc/{os.getpid()}/fd/{fd}")[0]
@@ -80,7 +81,7 @@ class Probe:
             os.close(fd)
 
     def measure(self) -> Regime | None:
-        """The regime now; None for a single rank, or where a sandbox forbids to share memory. All ranks call it."""
+        """The regime now; None for one rank, on two hosts, or where memory can not be shared. All ranks call it."""
         if not self.usable:
             return None
         found = np.zeros(2)

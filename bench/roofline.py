@@ -13,19 +13,19 @@ import numpy as np
 
 from ..transports import _native
 from ..transports.types import NUMBERS, OPERATORS
-from .collectives import Case
 from .data import Values
 from .measure import Call
+from .messages import AnyCase
 
 ITEMSIZE = 4
 
 
-def roofline_bytes(case: Case) -> int:
+def roofline_bytes(case: AnyCase) -> int:
     """The bytes that all ranks together move in one call: 3 n each, n being the case's size."""
     return 3 * _count(case) * ITEMSIZE * case.ranks
 
 
-def operands(case: Case, rank: int) -> tuple[Values, Values]:
+def operands(case: AnyCase, rank: int) -> tuple[Values, Values]:
     """`a` and `b` of this rank, of the case's size. Sums of millions of calls stay finite, and none is denormal."""
     random = np.random.default_rng([rank, case.size])
     a, b = (random.random(_count(case), dtype=np.float32) + np.float32(1) for _ in range(2))
@@ -39,5 +39,5 @@ def addition(a: Values, b: Values) -> Call:
     return partial(_native.fold, NUMBERS["float32"], OPERATORS["sum"], first, (first, second), a.size)
 
 
-def _count(case: Case) -> int:
+def _count(case: AnyCase) -> int:
     return max(1, case.size // ITEMSIZE)

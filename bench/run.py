@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ..collectives import bootstrap, spawn
+from ..collectives import Communicator, bootstrap, spawn
 from ..collectives.choice import choose
 from ..errors import AbcclError, CollectiveError
-from .collectives import Case, cases
+from ..transports.topology import Host
+from .buffers import Buffers, take_gpu
 from .data import calls_until_overflow, count_wrong, fill, poison
 from .machine import cores_of_this_rank, machine
 from .measure import Call, Meter, Subject, Timing
+from .messages import AnyCase, Exchange
 from .options import Options
-from .peers import MPI, AbcclDirect, AbcclTorch, Buffers, Gloo, Peer
+from .peers import MPI, AbcclDirect, AbcclTorch, Gloo, Peer
 from .regime import Probe, Regime
 from .roofline import addition, operands, roofline_bytes
 from .world import World, launcher
@@ -51,7 +51,7 @@ class Measured:
 class Row:
     """A case and its figures; `roofline` is the time of the additions beside it, if they were asked for."""
 
-    case: Case
+    case: AnyCase
     ours: tuple[Measured, ...]
     rivals: tuple[Measured, ...]
     roofline: Timing | None = None
@@ -74,7 +74,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Where and with what it was measured, the rows, and the cache regimes: before the first row, after the last."""
+    """Where and with what it was measured, the rows, and the cache regimes: before the first row, after the last.
+
+    Attributes:
+        machine: the host of rank 0, and the cores of all ranks.
+        hosts: where the ranks are.
+        transport: abccl's.
+        names: the algorithms that will run.
+    """
 
     options: Options
     started_by: str
@@ -82,6 +89,9 @@ class Report:
     about: dict[str, dict[str, str]]
     rows: list[Row]
     regimes: list[Regime | None]
+    hosts: tuple[Host, ...] = ()
+    transport: str = ""
+    names: frozenset[str] = frozenset()
 
     @property
     def wrong(self) -> int:
@@ -92,10 +102,10 @@ class Report:
 class Listener:
     """Told by rank 0 what happens; this one does nothing."""
 
-    def begins(self, report: Report, cases: list[Case]) -> None:
+    def begins(self, report: Report, cases: list[AnyCase]) -> None:
         """Before the first case."""
 
-    def works_on(self, case: Case) -> None:
+    def works_on(self, case: AnyCase) -> None:
         """A case begins. Nothing may run in the background from here to `has`."""
 
     def has(self, row: Row) -> None:
@@ -116,30 +126,33 @@ def measure_here(options: Options, own: bootstrap.Bootstrap, listener: Listener)
     Raises:
         AbcclError: it can not be done; on all ranks.
     """
-    options = options.settled(own.size)
-    world = World(own)
+    options.settled(own.size)
+    world = World(own, options.transport)
     try:
+        options = options.settled(own.size, world.natives)
         report = _measure(options, world, listener if own.rank == 0 else Listener())
         world.close()
         return report
     except BaseException as error:
         world.abort(str(error))
-        if world.launcher == "mpirun" and not isinstance(error, AbcclError):
+        refused = isinstance(error, AbcclError)
+        if world.launcher == "mpirun" and not (refused and world.all_have_failed()):
             # Ranks that wait in MPI do not notice that this one is gone.
-            traceback.print_exc()
-            sys.stderr.flush()
+            print(f"rank {world.rank}: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
             world.mpi().COMM_WORLD.Abort(1)
         raise
 
 
 def _measure(options: Options, world: World, listener: Listener) -> Report:
-    assert options.op is not None and options.in_place is not None
+    if options.library == "cupy":
+        take_gpu(world.local_rank)
     ours, rivals = peers(options, world)
     facts = {**machine(), "cores_of_ranks": world.tell(cores_of_this_rank())}
     about = {peer.name if peer in rivals else f"abccl {peer.door}": peer.about() for peer in (*ours, *rivals)}
     probe = Probe(world)
-    report = Report(options, world.launcher, facts, about, [], [probe.measure()])
-    todo = list(cases(options.collective, world.size, options.sizes, options.dtype, options.op, options.in_place))
+    todo = list(options.cases())
+    names = frozenset(_ran(peer, case, world.comm) for peer in ours for case in todo)
+    report = Report(options, world.launcher, facts, about, [], [probe.measure()], world.hosts, world.transport, names)
     listener.begins(report, todo)
     try:
         for number, case in enumerate(todo):
@@ -160,7 +173,10 @@ def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
         AbcclError: one can not be had here.
     """
     ours: list[Peer] = []
-    rivals: list[Peer] = [MPI(world, options.persistent) if name == "mpi" else Gloo(world) for name in options.rivals]
+    array = options.array or "numpy"
+    rivals: list[Peer] = [
+        MPI(world, array, options.persistent) if name == "mpi" else Gloo(world) for name in options.rivals
+    ]
     for rival in rivals:
         rival.door = options.door(rival.name)
     for door in options.doors():
@@ -168,14 +184,16 @@ def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
             if door == "torch":
                 ours.append(AbcclTorch(world, name))
             else:
-                ours.append(AbcclDirect(world, name, options.array or "numpy", options.persistent))
+                ours.append(AbcclDirect(world, name, array, options.persistent))
     return ours, rivals
 
 
-def _measure_case(options: Options, world: World, case: Case, number: int, ours: list[Peer], rivals: list[Peer]) -> Row:
+def _measure_case(
+    options: Options, world: World, case: AnyCase, number: int, ours: list[Peer], rivals: list[Peer]
+) -> Row:
     everyone = [*ours, *rivals]
     buffers = Buffers(case, options.library, world.comm)
-    calls = [[peer.prepare(case, buffers, root) for root in options.roots] for peer in everyone]
+    calls = [[peer.call(case, buffers, root) for root in options.roots] for peer in everyone]
     wrong = [0] * len(everyone)
 
     def check(seed: int, which: int) -> None:
@@ -185,13 +203,9 @@ def _measure_case(options: Options, world: World, case: Case, number: int, ours:
     if options.check:
         check(2 * number, 0)
     fill(case, buffers.x, 2 * number, world.rank, timing=True)
+    buffers.to_device()
     limit = calls_until_overflow(case)
-    fresh = buffers.x.copy() if limit else None
-
-    def refill() -> None:
-        if fresh is not None:
-            np.copyto(buffers.x, fresh)
-
+    refill: Call = buffers.keep() if limit else lambda: None
     for index, peer in enumerate(everyone):
         for call in calls[index]:
             refill()
@@ -205,28 +219,34 @@ def _measure_case(options: Options, world: World, case: Case, number: int, ours:
     if options.check:
         check(2 * number + 1, -1)
     totals = [world.total(number) if options.check else None for number in wrong]
+    if isinstance(case, Exchange):
+        timings = [timing.divided(case.messages) for timing in timings]
     measured = [
-        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case, world.comm.reproducible), timing, total)
+        Measured(peer.name, peer.door, peer.algorithm, _ran(peer, case, world.comm), timing, total)
         for peer, timing, total in zip(everyone, timings, totals)
     ]
     roofline = timings[-1] if options.roofline else None
     return Row(case, tuple(measured[: len(ours)]), tuple(measured[len(ours) :]), roofline)
 
 
-def _check(peer: Peer, call: Call, case: Case, buffers: Buffers, world: World, root: int, seed: int) -> int:
+def _check(peer: Peer, call: Call, case: AnyCase, buffers: Buffers, world: World, root: int, seed: int) -> int:
     """Elements of this rank's result that are wrong."""
     fill(case, buffers.x, seed, world.rank)
     if not case.in_place:
         poison(buffers.result)
+    buffers.to_device()
     peer.first(call, case)
+    buffers.to_host()
     return count_wrong(case, buffers.result, seed, world.rank, root)
 
 
-def _ran(peer: Peer, case: Case, reproducible: bool) -> str:
-    if peer.name != "abccl":
+def _ran(peer: Peer, case: AnyCase, comm: Communicator) -> str:
+    """The algorithm that the communicator takes, as far as that is known."""
+    if peer.name != "abccl" or isinstance(case, Exchange):
         return ""
     asked = None if peer.algorithm == "auto" else peer.algorithm
-    return choose(case.collective, case.ranks, case.size, asked, reproducible).name
+    chosen = choose(case.collective, case.ranks, case.size, asked, comm.reproducible, comm.topology.groups)
+    return chosen if isinstance(chosen, str) else chosen.name
 
 
 def geometric_mean(ratios: list[float], cap: float = math.inf) -> float:

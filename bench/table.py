@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from ..algorithms import Collective
-from .collectives import Case, in_words
+from ..algorithms.words import ranges as spans
+from .collectives import in_words
 from .machine import BUSY
+from .messages import WINDOW, AnyCase, Exchange
 from .options import Options
-from .record import CAP, means
+from .record import CAP, among, means
 from .run import Listener, Measured, Report, Row
+
+FASTEST = " *"
+"""Stands behind the fastest algorithm of several."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +33,30 @@ class Column:
     style: Callable[[str], str] = lambda cell: ""
 
 
-def columns(options: Options, rivals: list[str], several_doors: bool) -> list[Column]:
-    """The columns for these options. Those of nccl-tests, then for each rival its time, its bandwidth, the ratio."""
+def columns(report: Report, several_doors: bool) -> list[Column]:
+    """The columns of a report. Those of nccl-tests, then for each rival its time, its bandwidth, the ratio."""
+    options = report.options
     found = [
         Column("size B", 10, lambda row, ours: str(row.case.size)),
         Column("count", 10, lambda row, ours: str(row.case.count)),
         Column("type", max(7, len(options.dtype)), lambda row, ours: row.case.dtype if row.case.count else "none"),
-        Column("redop", max(5, len(options.op or "")), lambda row, ours: row.case.op or "none"),
     ]
-    if options.collective.rooted:
-        root = "all" if len(options.roots) > 1 else str(options.roots[0])
-        found.append(Column("root", 4, lambda row, ours: root))
-    if several_doors:
-        found.append(Column("through", 7, lambda row, ours: ours.door))
-    found += [
-        Column("algorithm", 20, _algorithm),
-        Column("time us", 10, lambda row, ours: microseconds(ours.timing.seconds)),
-        Column("algbw", 7, lambda row, ours: bandwidth(row.case.algbw(ours.timing.seconds))),
-        Column("busbw", 7, lambda row, ours: bandwidth(row.case.busbw(ours.timing.seconds))),
-    ]
+    through = [Column("through", 7, lambda row, ours: ours.door)] * several_doors
+    time = Column("time us", 10, lambda row, ours: microseconds(ours.timing.seconds))
+    if options.collective is None:
+        found += [Column("pattern", 13, _pattern), *through, time, Column("GB/s", 7, _algbw)]
+    else:
+        found.append(Column("redop", max(5, len(options.op or "")), lambda row, ours: row.case.op or "none"))
+        if options.collective.rooted:
+            root = "all" if len(options.roots) > 1 else str(options.roots[0])
+            found.append(Column("root", 4, lambda row, ours: root))
+        longest = max((20, *(len(name) + len(FASTEST) for name in report.names)))
+        busbw = Column("busbw", 7, lambda row, ours: bandwidth(row.case.busbw(ours.timing.seconds)))
+        found += [*through, Column("algorithm", longest, _algorithm), time, Column("algbw", 7, _algbw), busbw]
     if options.roofline:
         found.append(Column("roofline", 8, _part))
     found.append(Column("#wrong", 6, lambda row, ours: _wrong(ours), _alarm))
-    for index, name in enumerate(rivals):
+    for index, name in enumerate(options.rivals):
         found += _rival_columns(index, name)
     return found
 
@@ -70,10 +77,19 @@ def _rival_columns(index: int, name: str) -> list[Column]:
     ]
 
 
+def _pattern(row: Row, ours: Measured) -> str:
+    assert isinstance(row.case, Exchange)
+    return row.case.pattern.value
+
+
 def _algorithm(row: Row, ours: Measured) -> str:
     alike = [m for m in row.ours if m.door == ours.door]
     fastest = len(alike) > 1 and ours is min(alike, key=lambda m: m.timing.seconds)
-    return ours.ran + (" *" if fastest else "")
+    return ours.ran + (FASTEST if fastest else "")
+
+
+def _algbw(row: Row, ours: Measured) -> str:
+    return bandwidth(row.case.algbw(ours.timing.seconds))
 
 
 def _part(row: Row, ours: Measured) -> str:
@@ -101,24 +117,30 @@ def bandwidth(value: float) -> str:
 
 
 class Printer(Listener):
-    """Prints a line when its case is done. On a terminal a bar shows what is being measured."""
+    """Prints a line when its case is done. On a terminal a bar shows what is being measured.
 
-    def __init__(self) -> None:
+    Args:
+        notes_only: leave the table out, and tell the rest to standard error.
+    """
+
+    def __init__(self, notes_only: bool = False) -> None:
+        self.notes_only = notes_only
         self.console = Console()
         self.columns: list[Column] = []
         self.bar: Progress | None = None
 
-    def begins(self, report: Report, cases: list[Case]) -> None:
+    def begins(self, report: Report, cases: list[AnyCase]) -> None:
         """See `Listener`."""
         # Open MPI gives its ranks a terminal even where its own output is a file.
         plain = False if report.started_by == "mpirun" else None
-        self.console = Console(highlight=False, soft_wrap=True, force_terminal=plain)
+        self.console = Console(highlight=False, soft_wrap=True, force_terminal=plain, stderr=self.notes_only)
         doors = {name for name in report.about if name.startswith("abccl ")}
-        self.columns = columns(report.options, list(report.options.rivals), len(doors) > 1)
+        self.columns = columns(report, len(doors) > 1)
         for line in header(report):
             self.console.print(Text(f"# {line}", "yellow" if line.startswith("warning") else "dim"))
-        names = "  ".join(column.name.rjust(column.width) for column in self.columns)
-        self.console.print(Text("#" + names[1:], "bold"))
+        if not self.notes_only:
+            names = "  ".join(column.name.rjust(column.width) for column in self.columns)
+            self.console.print(Text("#" + names[1:], "bold"))
         if self.console.is_terminal:
             shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             # Redrawn between cases only: a thread that draws would be measured.
@@ -126,14 +148,14 @@ class Printer(Listener):
             self.bar.start()
             self.bar.add_task("", total=len(cases))
 
-    def works_on(self, case: Case) -> None:
+    def works_on(self, case: AnyCase) -> None:
         """See `Listener`."""
         if self.bar:
             self.bar.update(self.bar.task_ids[0], description=in_words(case.size), refresh=True)
 
     def has(self, row: Row) -> None:
         """See `Listener`."""
-        for ours in row.ours:
+        for ours in () if self.notes_only else row.ours:
             line = Text()
             for index, column in enumerate(self.columns):
                 cell = column.cell(row, ours)
@@ -153,14 +175,19 @@ class Printer(Listener):
 def header(report: Report) -> list[str]:
     """Where, and how, and with what."""
     options, machine = report.options, report.machine
-    form = "" if options.collective is Collective.BARRIER else ", in place" if options.in_place else ", out of place"
-    call = f"persistent {options.collective.value}" if options.persistent else options.collective.value
     lines = [
-        f"{call}{form}, {options.ranks} rank{'s' * (options.ranks != 1)} started by "
-        f"{report.started_by}; buffers allocated by {options.library}",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; Python {machine['python']}, "
-        f"numpy {machine['numpy']}",
+        f"{_what(options)}, {options.ranks} rank{'s' * (options.ranks != 1)} started by {report.started_by}; buffers "
+        f"allocated by {options.library}"
     ]
+    if report.transport:
+        lines.append(f"abccl's transport: {report.transport}")
+    if len(report.hosts) > 1:
+        named = "; ".join(f"{host.name}: {spans(host.ranks, comma=',')}" for host in report.hosts)
+        lines.append(f"{len(report.hosts)} hosts and their ranks ({named}); what follows is of the host of rank 0")
+    lines.append(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; Python {machine['python']}, "
+        f"numpy {machine['numpy']}"
+    )
     if len(set(machine["cores_of_ranks"])) > 1:
         pinned = ", ".join(f"{rank}: {cores}" for rank, cores in enumerate(machine["cores_of_ranks"]))
         lines.append(f"ranks are pinned to cores ({pinned})")
@@ -172,18 +199,39 @@ def header(report: Report) -> list[str]:
         lines.append("roofline: the part that is reached of the bandwidth of a += b on all ranks at once; see --help")
     if report.regimes[0] is not None:
         lines.append(f"cores of ranks 0 and 1 at the start: {report.regimes[0].text}")
-    if (options.ranks or 0) > (machine["cores"] or 1):
-        lines.append(f"warning: {options.ranks} ranks on {machine['cores']} cores")
+    elif len(report.hosts) > 1 and not any({0, 1} <= set(host.ranks) for host in report.hosts):
+        lines.append("how far apart the cores of ranks 0 and 1 are is not measured: they are on different hosts")
+    here = next((len(host.ranks) for host in report.hosts if 0 in host.ranks), options.ranks or 0)
+    if here > (machine["cores"] or 1):
+        lines.append(f"warning: {here} ranks on {machine['cores']} cores")
     if machine["load_average"] > BUSY:
         lines.append(f"warning: load average {machine['load_average']:.2f} at the start: other work makes times noise")
     return lines
 
 
+def _what(options: Options) -> str:
+    if options.collective is None:
+        assert options.pair is not None
+        return f"messages between ranks {options.pair[0]} and {options.pair[1]}"
+    form = "" if options.collective is Collective.BARRIER else ", in place" if options.in_place else ", out of place"
+    return f"{'persistent ' * options.persistent}{options.call}{form}"
+
+
 def _who(name: str) -> str:
-    return {"abccl direct": "abccl by its own calls", "abccl torch": "abccl through torch.distributed"}.get(name, name)
+    known = {
+        "abccl direct": "abccl by its own calls",
+        "abccl torch": "abccl through torch.distributed",
+        "gloo": "gloo through torch.distributed",
+    }
+    return known.get(name, name)
 
 
 def _loop(options: Options) -> str:
+    if options.collective is None:
+        return (
+            f"latency: half a round trip; bandwidth: {WINDOW} messages one way at a time, then an answer, and "
+            f"bidirectional: {WINDOW} each way; the time is a message's part of it"
+        )
     if options.loop == "isolated":
         return "loop: isolated, a barrier before each call; from leaving it to the end of the call"
     if not options.collective.rooted:
@@ -200,12 +248,10 @@ def footer(report: Report) -> list[str]:
         flipped = "; the regime changed" if report.regimes[0].name != report.regimes[1].name else ""
         lines.append(f"cores of ranks 0 and 1 at the end: {report.regimes[1].text}{flipped}")
     for mean in means(report):
-        way = f" ({mean['through']}, {mean['algorithm']})" if mean["one_of_several"] else ""
-        lines.append(
-            f"{mean['library']}/abccl{way}: geometric mean {mean['geometric_mean']:.2f}, with each ratio capped at "
-            f"{CAP:g} {mean['geometric_mean_capped']:.2f}; smallest {mean['smallest']:.2f} at "
-            f"{in_words(mean['smallest_at'])}"
-        )
+        way = [mean["pattern"]] if "pattern" in mean else []
+        way += [mean["through"], mean["algorithm"]] if mean["one_of_several"] else []
+        lines.append(_mean(mean["library"] + "/abccl" + (f" ({', '.join(way)})" if way else ""), mean))
+    lines += [_mean(f"{mean['algorithm']}/auto", mean) for mean in among(report)]
     if not report.options.check:
         lines.append("results were not checked")
     elif report.wrong:
@@ -213,3 +259,10 @@ def footer(report: Report) -> list[str]:
     elif report.rows:
         lines.append("all results right")
     return lines
+
+
+def _mean(what: str, mean: dict[str, Any]) -> str:
+    return (
+        f"{what}: geometric mean {mean['geometric_mean']:.2f}, with each ratio capped at {CAP:g} "
+        f"{mean['geometric_mean_capped']:.2f}; smallest {mean['smallest']:.2f} at {in_words(mean['smallest_at'])}"
+    )

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..collectives import Communicator, bootstrap, connect
-from ..errors import ArgumentError, TransportError
+from ..collectives.reach import ENVIRONMENT as TRANSPORT
+from ..errors import AbcclError, ArgumentError, TransportError
+from .rendezvous import make_store
+
+PATIENCE = 10.0
+"""Seconds that a rank which has failed waits for the others to come to know it."""
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -18,18 +23,43 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 class World:
     """This rank among those that measure.
 
+    Args:
+        own: how it meets the others.
+        transport: abccl's; None to leave it to abccl.
+
     Attributes:
         rank, size: as ever.
         launcher: what started it: spawn, torchrun, mpirun.
         comm: their communicator; it is measured, and it keeps the ranks in step.
+        transport: the name of its transport.
+        natives: the collectives that the transport's engine has of its own.
+        hosts: where the ranks are.
     """
 
-    def __init__(self, own: bootstrap.Bootstrap) -> None:
+    def __init__(self, own: bootstrap.Bootstrap, transport: str | None = None) -> None:
         self.rank, self.size, self.launcher = own.rank, own.size, launcher(own)
         self._own = own
-        self.comm: Communicator = connect(own)
         self._distributed: Any = None
         self._store: Any = None
+        if transport == "mpi":
+            self.wants_mpi(own)
+        if transport:  # for the communicators of torch's groups, which nobody makes by name
+            os.environ[TRANSPORT] = transport
+        if transport == "gloo" and self.size > 1 and not isinstance(own, bootstrap.StoreBootstrap):
+            own = bootstrap.StoreBootstrap(self.store(), self.rank, self.size, "abccl.bench/comm")
+        self.comm: Communicator = connect(own, transport=transport)
+        self.hosts = self.comm.topology.hosts
+        carrier = self.comm._transport
+        self.transport, self.natives = carrier.name, carrier.collectives
+
+    @property
+    def local_rank(self) -> int:
+        """Which of its host's ranks this is."""
+        return self.comm.topology.host_of(self.rank).ranks.index(self.rank)
+
+    def share_host(self, *ranks: int) -> bool:
+        """Whether these ranks are all on one host."""
+        return any(set(ranks) <= set(host.ranks) for host in self.hosts)
 
     def slowest(self, seconds: float) -> float:
         """The largest of what all ranks give. All call it."""
@@ -53,18 +83,22 @@ class World:
         """What all ranks tell. All call it."""
         return [told.decode() for told in self._own.exchange(text.encode())]
 
+    def store(self) -> Any:
+        """A store of torch's that all ranks share: their launcher's, else one that rank 0 serves. All call it."""
+        if self._store is None:
+            distributed: Any = import_or("torch.distributed", "pip install 'abccl[torch]'")
+            if isinstance(self._own, bootstrap.StoreBootstrap):
+                self._store = distributed.PrefixStore(f"{self._own.prefix}/bench", self._own.store)
+            else:
+                self._store = make_store(distributed, self._own)
+        return self._store
+
     def distributed(self) -> Any:
         """torch.distributed, initialised with gloo among the ranks. All call it."""
         if self._distributed is None:
             distributed: Any = import_or("torch.distributed", "pip install 'abccl[torch]'")
-            # Not env://, which only torchrun sets up. The ranks are on one host: that is all that shm serves.
-            if self.rank == 0:
-                self._store = distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-                self._own.exchange(str(self._store.port).encode())
-            else:
-                port = int(self._own.exchange(b"")[0])
-                self._store = distributed.TCPStore("127.0.0.1", port, None, False)
-            distributed.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
+            # Not env://, which only torchrun sets up.
+            distributed.init_process_group("gloo", store=self.store(), rank=self.rank, world_size=self.size)
             self._distributed = distributed
         return self._distributed
 
@@ -86,7 +120,7 @@ class World:
         """
         if not isinstance(own, bootstrap.MPIBootstrap):
             raise ArgumentError(
-                "--vs mpi measures ranks that MPI started: mpirun -n 2 python -m abccl.bench all_reduce --vs mpi"
+                "MPI is measured among ranks that it has started: mpirun -n 2 python -m abccl.bench all_reduce --vs mpi"
             )
 
     def abort(self, reason: str) -> None:
@@ -96,6 +130,16 @@ class World:
             # Gloo's threads, left to the interpreter's exit, now and then end the process by SIGABRT.
             with contextlib.suppress(Exception):
                 self._distributed.destroy_process_group()
+
+    def all_have_failed(self) -> bool:
+        """Whether all ranks of mpirun come here soon. Those that wait in a call of MPI's do not."""
+        assert isinstance(self._own, bootstrap.MPIBootstrap)
+        self._own.timeout = PATIENCE
+        try:
+            self._own.exchange(b"")
+        except AbcclError:
+            return False
+        return True
 
     def close(self) -> None:
         """Give everything back, together."""

@@ -76,7 +76,7 @@ def test_it_is_documented_and_priced(a: Algorithm) -> None:
 
 @every
 def test_schedules_are_made_of_tuples_of_messages(a: Algorithm) -> None:
-    for step in a.program(1, 5):
+    for step in a.program(1, 5 if a.refusal(5) is None else 4):
         assert isinstance(step, tuple) and step
         assert all(isinstance(m, (Send, Recv)) for m in step)
 
@@ -212,7 +212,7 @@ def test_a_restriction_that_raises_is_named() -> None:
 
 
 def test_the_papers_that_docstrings_cite_are_listed(root: Path) -> None:
-    name = r"(?:van de )?[A-Z][a-z]+"
+    name = r"(?:van de |De )?[A-Z][a-z]+"
     cited: set[str] = set()
     for path in (root / "algorithms").glob("*.py"):
         text = " ".join(path.read_text(encoding="utf-8").split())

@@ -6,8 +6,6 @@ import csv
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_runs import ALONE, case_of, ended, started
 from click.testing import CliRunner
 
 from abccl.algorithms import Collective
@@ -30,11 +29,6 @@ from abccl.errors import ArgumentError, UnknownAlgorithm
 from abccl.transports.types import numpy_dtype, numpy_operator
 
 MOVING = [c for c in Collective if c is not Collective.BARRIER]
-
-
-def case_of(collective: Collective, count: int = 5, ranks: int = 3, dtype: str = "float32", op: str = "sum") -> Case:
-    facts = FACTS[collective]
-    return Case(collective, dtype, op if collective.reduces else "", count, ranks, facts.in_place)
 
 
 # ---- conventions
@@ -345,16 +339,6 @@ def test_errors_are_one_line_and_exit_code_2(arguments: list[str], message: str)
 # ---- several processes
 
 
-def started(command: list[str], *arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-ALONE = [sys.executable, "-m", "abccl.bench"]
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize("collective", ["all_reduce", "broadcast", "all_to_all"])
 def test_alone_it_spawns(collective: str, tmp_path: Path) -> None:
@@ -408,12 +392,7 @@ def test_against_gloo_by_torchrun(tmp_path: Path) -> None:
 @pytest.mark.ranks
 @pytest.mark.torch
 def test_gloo_refuses_in_one_line() -> None:
-    done = subprocess.run(
-        [*ALONE, "all_reduce", "--max", "4", "--vs", "gloo", "--dtype", "int16"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = ended(ALONE, "all_reduce", "--max", "4", "--vs", "gloo", "--dtype", "int16")
     assert done.returncode == 2
     assert "gloo refuses all_reduce" in done.stderr and "Traceback" not in done.stderr
 

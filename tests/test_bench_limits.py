@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,26 +11,20 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from bench_runs import ALONE, case_of, measured, report, started
 
 from abccl.algorithms import Collective
-from abccl.bench.collectives import FACTS, Case
+from abccl.bench.buffers import Buffers
 from abccl.bench.data import pieces
-from abccl.bench.machine import machine
 from abccl.bench.measure import Timing
 from abccl.bench.options import Options
-from abccl.bench.peers import MPI, AbcclDirect, Buffers, settings
+from abccl.bench.peers import MPI, AbcclDirect, settings
 from abccl.bench.record import as_data
 from abccl.bench.regime import Regime
 from abccl.bench.roofline import addition, operands, roofline_bytes
-from abccl.bench.run import Measured, Report, Row
+from abccl.bench.run import Report, Row
 from abccl.bench.table import columns, footer, header
 from abccl.errors import ArgumentError
-
-
-def case_of(collective: Collective, count: int = 5, ranks: int = 3, dtype: str = "float32") -> Case:
-    facts = FACTS[collective]
-    return Case(collective, dtype, "sum" if collective.reduces else "", count, ranks, facts.in_place)
-
 
 # ---- the roofline and the cache regime
 
@@ -73,28 +65,23 @@ def test_near_or_far() -> None:
     assert "140 ns" in text and "copied at 45.0 GB/s" in text and "rewritten at 17.0" in text
 
 
-def report_of(regimes: list[Regime | None], **options: Any) -> Report:
+def report_of(regimes: list[Regime | None]) -> Report:
     case = case_of(Collective.ALL_REDUCE, count=1000, ranks=2)
-    ours, rival = (
-        Measured(name, "direct", "auto", "ring", Timing((seconds,), (seconds,) * 2, 1), 0)
-        for name, seconds in (("abccl", 1e-3), ("mpi", 2e-3))
-    )
-    settled = Options(Collective.ALL_REDUCE, rivals=("mpi",), roofline=True, **options).settled(2)
-    facts = {**machine(), "cores_of_ranks": ["0", "1"], "load_average": 0.0}
-    row = Row(case, (ours,), (rival,), Timing((0.3e-3,), (0.3e-3,) * 2, 1))
-    return Report(settled, "mpirun", facts, {"mpi": {"version": "3"}}, [row], regimes)
+    settled = Options(Collective.ALL_REDUCE, rivals=("mpi",), roofline=True).settled(2)
+    row = Row(case, (measured("abccl", 1e-3),), (measured("mpi", 2e-3),), Timing((0.3e-3,), (0.3e-3,) * 2, 1))
+    return report([row], settled, regimes)
 
 
 def test_the_part_of_the_roofline() -> None:
-    report = report_of([None, None])
-    (row,) = report.rows
+    found = report_of([None, None])
+    (row,) = found.rows
     # 24000 bytes in 0.3 ms are 80 MB/s; 16000 must be moved, in 1 ms and in 2 ms.
     assert row.memory_bandwidth == pytest.approx(0.08)
     assert row.part(row.ours[0]) == pytest.approx(0.2)
     assert row.part(row.rivals[0]) == pytest.approx(0.1)
-    cells = {c.name: c.cell(row, row.ours[0]) for c in columns(report.options, ["mpi"], False)}
+    cells = {c.name: c.cell(row, row.ours[0]) for c in columns(found, False)}
     assert cells["roofline"] == "20.0%"
-    (kept,) = as_data(report)["rows"]
+    (kept,) = as_data(found)["rows"]
     assert (kept["least_bytes"], kept["measured"][1]["roofline_part"]) == (16000, pytest.approx(0.1))
 
 
@@ -211,19 +198,12 @@ def test_settings_are_the_users_not_the_launchers(monkeypatch: pytest.MonkeyPatc
 # ---- several processes
 
 
-def started(*arguments: str) -> str:
-    command = [sys.executable, "-m", "abccl.bench", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", ["2", "3"])
 def test_roofline_and_regime_among_ranks(ranks: str, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     options = ["--ranks", ranks, "--max", "1K", "--iterations", "5", "--roofline", "--json", str(file)]
-    shown = started("all_reduce", *options)
+    shown = started(ALONE, "all_reduce", *options)
     assert "roofline  #wrong" in shown and "at the start: " in shown and "at the end: " in shown
     kept = json.loads(file.read_text())
     assert len(kept["regimes"]) == 2 and all(

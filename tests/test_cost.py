@@ -15,9 +15,11 @@ EVERY = [a for c in Collective for a in algorithms(c).values()]
 
 @pytest.mark.parametrize("a", EVERY, ids=lambda a: f"{a.collective.value}-{a.name}")
 def test_the_schedule_has_exactly_the_declared_counts(a: Algorithm) -> None:
+    """Compositions may leave them open."""
     assert a.counts is not None
-    for size in (*range(1, 41), 64):
-        assert counts(a, size) == a.counts(size), f"{size} ranks"
+    for size in (size for size in (*range(1, 41), 64) if a.refusal(size) is None):
+        declared = a.counts(size)
+        assert counts(a, size) == declared or (declared is None and a.declared.keys() >= {"levels"}), f"{size} ranks"
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,9 @@ def verdict_of_execution(a: Algorithm, schedule: Schedule, rng: random.Random) -
 
 def verdict_of_replay(a: Algorithm, schedule: Schedule) -> str:
     largest = max((len(m.blocks) for steps in schedule for s in steps for m in s if isinstance(m, Send)), default=1)
-    mutant = dataclasses.replace(a, function=lambda rank, size: schedule[rank], largest=lambda size: max(1, largest))
+    mutant = dataclasses.replace(
+        a, function=lambda rank, size, **_: schedule[rank], largest=lambda size: max(1, largest)
+    )
     try:
         replay(mutant, len(schedule))
     except ScheduleError as error:
@@ -274,6 +276,8 @@ def mutants(a: Algorithm, count: int, seed: str) -> Iterator[tuple[str, Schedule
     rng = random.Random(seed)
     for number in range(count):
         size = rng.randrange(2, 8)
+        if a.refusal(size):
+            size -= 1
         schedule = [a.program(rank, size) for rank in range(size)]
         c, blocks = a.collective, a.blocks(size)
         names = sorted({b for r in range(size) for b in (*c.before(r, size, blocks), *c.after(r, size, blocks))})

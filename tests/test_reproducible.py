@@ -287,9 +287,13 @@ def test_what_is_canonical() -> None:
 
     everything = set(algorithms(Collective.ALL_REDUCE))
     assert names(1, False) == names(2, False) == everything
-    assert names(3, False) == {"direct", "two_shot"}
-    assert names(3, True) == {"direct", "two_shot", "tree"}
-    assert names(4, True) == names(7, True) == {"direct", "two_shot"}
+    # Up to four ranks are one group of radix 4.
+    in_one_pass = {"direct", "two_shot", "knomial", "recursive_multiplying"}
+    assert names(4, False) == names(4, True) == in_one_pass
+    # The third rank that swings exchanges directly, with the others' only step.
+    assert names(3, False) == in_one_pass | {"swing"}
+    assert names(3, True) == in_one_pass | {"swing", "tree", "hierarchical", "hierarchical_leaders"}
+    assert names(7, True) == {"direct", "two_shot"}
     # The chain to root 2 begins at rank 1 and goes through rank 0, that to root 0 begins at rank 2.
     chain = lookup(Collective.REDUCE, "chain")
     assert [canonical(chain, 3, root, nested=True) for root in range(3)] == [False, False, True]

@@ -65,11 +65,11 @@ def test_verify_prints_a_line_per_algorithm() -> None:
 
 
 def test_verify_takes_the_whole_library() -> None:
-    result = run("verify", "--ranks", "1-3")
+    result = run("verify", "--ranks", "1-2")
     lines = result.output.splitlines()
     assert result.exit_code == 0
     assert len(lines) == sum(map(len, registry._registry.values()))
-    assert all(line.endswith(": 1-3 ranks: ok") for line in lines)
+    assert all(line.endswith(": 1-2 ranks: ok") for line in lines)
 
 
 def test_verify_a_file_takes_that_file_only(good: Path) -> None:
@@ -254,8 +254,9 @@ def test_frames_of_an_all_to_all_name_the_sources() -> None:
 
 @pytest.mark.parametrize(("collective", "name"), [(c, name) for c in Collective for name in registry.algorithms(c)])
 def test_every_algorithm_can_be_drawn(collective: Collective, name: str) -> None:
-    for size in (1, 5):
-        history = replay(lookup(collective, name), size)
+    a = lookup(collective, name)
+    for size in (1, 5 if a.refusal(5) is None else 4):
+        history = replay(a, size)
         root = ElementTree.fromstring(picture(history))
         arrows = [path for path in root.iter(f"{SVG}path") if "C" in path.get("d", "")]
         assert len(arrows) == len(history.transfers)
@@ -267,6 +268,18 @@ def test_draw_writes_a_file(tmp_path: Path) -> None:
     assert result.exit_code == 0 and str(path) in result.output
     texts = [element.text for element in ElementTree.parse(path).iter(f"{SVG}text")]
     assert "rank 3" in texts and "step 6" in texts and texts.count("Σd0-3") == 10
+
+
+def test_draw_prints_what_arrives(tmp_path: Path) -> None:
+    output = run("draw", "all_reduce", "knomial", "--ranks", 8, "-o", tmp_path / "x.svg").output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    assert rows[0] == ["1", "+a←1-3", "", "", "", "+a←5-7", "", "", ""]
+    assert rows[3] == ["4", "", "a←0", "a←0", "a←0", "", "a←4", "a←4", "a←4"]
+    assert len(rows) == 4
+    output = run("draw", "all_gather", "direct", "--ranks", 5, "-o", tmp_path / "x.svg").output
+    assert "│ 1    │ b-e←1-4 │ 4 blocks←0,2-4 │" in output
+    ring = run("draw", "all_reduce", "ring", "--ranks", 8, "-o", tmp_path / "x.svg").output
+    assert max(map(len, ring.splitlines()[:-1])) <= 80
 
 
 def test_numbers_in_writing() -> None:

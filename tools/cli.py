@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": ".verify:verify",
     "show": ".show:show",
     "draw": ".draw:draw",
+    "algorithms": ".catalogue:catalogue",
     "bench": "..bench.__main__:bench",
 }
 

@@ -1,24 +1,22 @@
-"""`abccl draw`: a schedule as a picture, ranks across and time downwards (SVG, written by hand)."""
+"""`abccl draw`: a schedule as a picture, ranks across and time downwards, and in the terminal."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from xml.sax.saxutils import escape
 
 import click
 
-from ..algorithms import Block, Replay
+from ..algorithms import Replay
 from ..algorithms.replay import Transfer
 from ..errors import ArgumentError
 from .arguments import replayed, schedule_arguments
-from .frames import Cell, Row, frames, letters, rows, summary
-
-INK, FAINT, LINE = "#22303c", "#8a97a3", "#ccd5dd"
-COLOURS = {"fold": "#c2571a", "copy": "#3d6fa5"}
-PALE, DEEP, DONE = (236, 242, 250), (122, 170, 222), "#3f9b63"
+from .frames import Cell, Row, cargo, frames, rows, summary
+from .svg import COLOURS, FAINT, INK, LINE, picture_of, shade, text
+from .terminal import arrivals, console
 
 MARGIN, GUTTER, HEAD, FOOT = 24, 62, 78, 56
 CELL, BETWEEN = 20, 24
@@ -31,20 +29,23 @@ MOST_RANKS = 64
 @schedule_arguments
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The file to write.")
 def draw(collective: str, algorithm: str, file: Path | None, ranks: int, root: int, output: Path | None) -> None:
-    """Draw a schedule as an SVG picture.
+    """Draw a schedule as an SVG picture, and in the terminal.
 
     Ranks stand across, time runs downwards. Boxes are what a rank holds, the darker the more complete, green when
-    finished; arrows are messages with the blocks they carry. FILE is a Python file that registers the algorithm,
-    if it is your own. Without -o the file is called COLLECTIVE-ALGORITHM-RANKS.svg.
+    finished; arrows are messages with the blocks they carry. In the terminal +a←3 is a message from rank 3 whose
+    block a is folded in, and a←3 one that is copied. FILE is a Python file that registers the algorithm, if it is
+    your own. Without -o the picture is called COLLECTIVE-ALGORITHM-RANKS.svg.
     """
     if ranks > MOST_RANKS:
         raise ArgumentError(f"{ranks} ranks do not fit a picture: draw {MOST_RANKS} at most; `abccl verify` takes more")
     run = replayed(collective, algorithm, file, ranks, root)
-    path = output or Path(f"{run.algorithm.collective.value}-{run.algorithm.name}-{ranks}.svg")
+    name = re.sub(r"\W+", "-", run.algorithm.name).strip("-")
+    path = output or Path(f"{run.algorithm.collective.value}-{name}-{ranks}.svg")
     try:
         path.write_text(picture(run), encoding="utf-8")
     except OSError as error:
         raise ArgumentError(f"{path} can not be written ({error.strerror}): name another file by -o") from error
+    console().print(arrivals(run))
     click.echo(f"{summary(run)}: {path}")
 
 
@@ -78,27 +79,22 @@ def picture(run: Replay) -> str:
     width = max(layout.x(run.size) - BETWEEN + MARGIN, 660)
     height = layout.y(run.steps) + layout.height + FOOT
     parts = [*_axes(run, layout), *_arrows(run, layout), *_boxes(layout, cells), *_legend(MARGIN, height - 20)]
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width:.0f}' height='{height:.0f}' "
-        f"viewBox='0 0 {width:.0f} {height:.0f}' font-family='Helvetica, Arial, DejaVu Sans, sans-serif'>\n"
-        f"<defs>{_tip('fold')}{_tip('copy')}</defs>\n"
-        f"<rect width='100%' height='100%' fill='white'/>\n"
-        f"{_text(MARGIN, 28, summary(run), size=15, anchor='start', weight='bold')}\n" + "\n".join(parts) + "\n</svg>\n"
-    )
+    title = text(MARGIN, 28, summary(run), size=15, anchor="start", weight="bold")
+    return picture_of(width, height, [title, *parts])
 
 
 def _axes(run: Replay, layout: Layout) -> Iterator[str]:
     """Names of ranks, times and rows."""
     for rank in range(run.size):
         root = " (root)" if run.algorithm.collective.rooted and rank == run.root else ""
-        yield _text(layout.x(rank) + layout.box / 2, HEAD - 12, f"rank {rank}{root}", size=12, weight="bold")
+        yield text(layout.x(rank) + layout.box / 2, HEAD - 12, f"rank {rank}{root}", size=12, weight="bold")
     for time in range(run.steps + 1):
         middle = layout.y(time) + layout.height / 2 + 4
-        yield _text(MARGIN, middle, f"step {time}" if time else "start", size=12, anchor="start", weight="bold")
+        yield text(MARGIN, middle, f"step {time}" if time else "start", size=12, anchor="start", weight="bold")
         if len(layout.rows) > 1:
             for index, row in enumerate(layout.rows):
                 y = layout.y(time) + CELL * (index + 0.5) + 4
-                yield _text(layout.x(0) - 7, y, row.label, size=10.5, anchor="end", colour=FAINT)
+                yield text(layout.x(0) - 7, y, row.label, size=10.5, anchor="end", colour=FAINT)
 
 
 def _boxes(layout: Layout, cells: list[list[list[Cell]]]) -> Iterator[str]:
@@ -108,7 +104,7 @@ def _boxes(layout: Layout, cells: list[list[list[Cell]]]) -> Iterator[str]:
             for rank, cell in enumerate(row):
                 x, y = layout.x(rank), layout.y(time) + CELL * index
                 fresh = cell.new or time == 0
-                fill = _shade(cell.part)
+                fill = shade(cell.part)
                 yield (
                     f"<rect x='{x:.1f}' y='{y:.1f}' width='{layout.box:.1f}' height='{CELL}' fill='{fill}' "
                     f"stroke='{LINE}'/>"
@@ -120,7 +116,7 @@ def _boxes(layout: Layout, cells: list[list[list[Cell]]]) -> Iterator[str]:
                 opacity = 1 if fresh else 0.75
                 if cell.text:
                     middle = x + layout.box / 2
-                    yield _text(middle, y + CELL / 2 + 4, cell.text, 11, weight=weight, colour=ink, opacity=opacity)
+                    yield text(middle, y + CELL / 2 + 4, cell.text, 11, weight=weight, colour=ink, opacity=opacity)
 
 
 def _arrows(run: Replay, layout: Layout) -> Iterator[str]:
@@ -141,11 +137,11 @@ def _arrows(run: Replay, layout: Layout) -> Iterator[str]:
             f"<path d='M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}' "
             f"fill='none' stroke='{COLOURS[kind]}' stroke-width='1.6' marker-end='url(#{kind})'/>"
         )
-        labels.append((x2, y2 - 16, _cargo(t.blocks), COLOURS[kind]))
+        labels.append((x2, y2 - 16, cargo(t.blocks), COLOURS[kind]))
     for x, y, label, colour in labels if len(layout.rows) > 1 else []:
         half = 3.2 * len(label) + 4
         yield f"<rect x='{x - half:.1f}' y='{y - 8:.1f}' width='{2 * half:.1f}' height='13' rx='6' fill='white'/>"
-        yield _text(x, y + 2.5, label, size=10, colour=colour, weight="bold")
+        yield text(x, y + 2.5, label, size=10, colour=colour, weight="bold")
 
 
 def _spread(group: list[Transfer], rank: int, by: str, layout: Layout) -> Iterator[tuple[Transfer, float]]:
@@ -153,59 +149,14 @@ def _spread(group: list[Transfer], rank: int, by: str, layout: Layout) -> Iterat
         yield t, layout.x(rank) + layout.box * (index + 1) / (len(group) + 1)
 
 
-def _cargo(blocks: Sequence[Block]) -> str:
-    """The blocks of a message in few characters."""
-    pairs = [block for block in blocks if isinstance(block, tuple)]
-    numbers = sorted(block for block in blocks if isinstance(block, int))
-    if len(blocks) > 2 and (pairs or numbers[-1] - numbers[0] >= len(numbers)):
-        return f"{len(blocks)} blocks"
-    if pairs:
-        return ", ".join(f"{source}→{destination}" for source, destination in pairs)
-    if len(numbers) > 2:
-        return f"{letters(numbers[0])}-{letters(numbers[-1])}"
-    return ", ".join(map(letters, numbers))
-
-
 def _legend(x: float, y: float) -> Iterator[str]:
     for kind, meaning in (("fold", "message, folded in"), ("copy", "message, copied")):
         yield (
             f"<path d='M{x:.1f} {y - 4:.1f}h26' stroke='{COLOURS[kind]}' stroke-width='1.6' marker-end='url(#{kind})'/>"
         )
-        yield _text(x + 36, y, meaning, size=11, anchor="start")
+        yield text(x + 36, y, meaning, size=11, anchor="start")
         x += 165
     for part, meaning in ((0.1, "begun"), (0.9, "nearly there"), (1.0, "complete")):
-        yield f"<rect x='{x:.1f}' y='{y - 12:.1f}' width='22' height='15' fill='{_shade(part)}' stroke='{LINE}'/>"
-        yield _text(x + 29, y, meaning, size=11, anchor="start")
+        yield f"<rect x='{x:.1f}' y='{y - 12:.1f}' width='22' height='15' fill='{shade(part)}' stroke='{LINE}'/>"
+        yield text(x + 29, y, meaning, size=11, anchor="start")
         x += 45 + 6 * len(meaning)
-
-
-def _tip(kind: str) -> str:
-    return (
-        f"<marker id='{kind}' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' markerHeight='8' "
-        f"markerUnits='userSpaceOnUse' orient='auto'><path d='M0 0L8 4L0 8z' fill='{COLOURS[kind]}'/></marker>"
-    )
-
-
-def _shade(part: float) -> str:
-    """From white (nothing) over ever deeper blue to green (all)."""
-    if part in (0, 1):
-        return DONE if part else "white"
-    return "#" + "".join(f"{round(pale + (deep - pale) * part):02x}" for pale, deep in zip(PALE, DEEP))
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    *,
-    anchor: str = "middle",
-    weight: str = "normal",
-    colour: str = INK,
-    opacity: float = 1,
-) -> str:
-    faded = f" opacity='{opacity}'" if opacity < 1 else ""
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' font-weight='{weight}' "
-        f"fill='{colour}'{faded}>{escape(text)}</text>"
-    )

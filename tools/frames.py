@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..algorithms import Block, Collective, Replay, measured
@@ -36,6 +37,19 @@ def letters(block: int) -> str:
     """A block's name in writing: a, ..., z, aa, ab, ..."""
     name = string.ascii_lowercase[block % 26]
     return name if block < 26 else letters(block // 26 - 1) + name
+
+
+def cargo(blocks: Sequence[Block]) -> str:
+    """The blocks of a message in few characters."""
+    pairs = [block for block in blocks if isinstance(block, tuple)]
+    numbers = sorted(block for block in blocks if isinstance(block, int))
+    if len(blocks) > 2 and (pairs or numbers[-1] - numbers[0] >= len(numbers)):
+        return f"{len(blocks)} blocks"
+    if pairs:
+        return ", ".join(f"{source}→{destination}" for source, destination in pairs)
+    if len(numbers) > 2:
+        return f"{letters(numbers[0])}-{letters(numbers[-1])}"
+    return ", ".join(map(letters, numbers))
 
 
 def rows(run: Replay) -> list[Row]:

@@ -6,13 +6,13 @@ import inspect
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..algorithms import Collective, Replay
 from .arguments import replayed, schedule_arguments
 from .frames import WRITTEN_OUT, Cell, frames, rows, summary
+from .terminal import console
 
 
 @click.command()
@@ -25,14 +25,13 @@ def show(collective: str, algorithm: str, file: Path | None, ranks: int, root: i
     ones green. FILE is a Python file that registers the algorithm, if it is your own.
     """
     run = replayed(collective, algorithm, file, ranks, root)
-    # A table that goes to a file or a pipe is as wide as it must be.
-    console = Console(highlight=False) if Console().is_terminal else Console(highlight=False, width=100_000)
-    console.print(summary(run), style="bold")
+    output = console()
+    output.print(summary(run), style="bold")
     documentation = inspect.getdoc(run.algorithm.function)
     if documentation:
-        console.print(documentation.splitlines()[0])
-    console.print(table(run))
-    console.print(_legend(run), style="dim")
+        output.print(documentation.splitlines()[0])
+    output.print(table(run))
+    output.print(_legend(run), style="dim")
 
 
 def table(run: Replay) -> Table:

