@@ -19,7 +19,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo performance test test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo performance test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -69,7 +69,7 @@ performance: $(NATIVE) .venv-mpich/.installed .venv-impi/.installed ## measure a
 
 # ---- testing
 
-test: $(NATIVE) native-test ## all tests
+test: $(NATIVE) native-test $(if $(findstring mpi,$(EXTRAS)),.venv-mpich/.installed) ## all tests
 	@echo "== python tests"
 	@python -m pytest
 
@@ -77,6 +77,10 @@ test-%: $(NATIVE) ## the multi-process tests with N ranks, as in `make test-4`
 	@case '$*' in *[!0-9]*|0*) echo "make test-$*: wanted a number of ranks, as in make test-4" >&2; exit 2;; esac
 	@echo "== multi-process tests, $* ranks"
 	@ABCCL_TEST_RANKS=$* python -m pytest -m ranks
+
+test-mpich: $(NATIVE) .venv-mpich/.installed ## the tests of the mpi transport, with MPICH instead of Open MPI
+	@echo "== the mpi transport with MPICH"
+	@python -m pytest -m mpi -k mpich
 
 test-torch: $(NATIVE) ## PyTorch's own tests of torch.distributed, over abccl (WORDS=gather: some)
 	@echo "== PyTorch's own tests of torch.distributed, over abccl"

@@ -12,7 +12,6 @@ import numpy as np
 from ..collectives import Communicator, bootstrap, connect
 from ..collectives.reach import ENVIRONMENT as TRANSPORT
 from ..errors import AbcclError, ArgumentError, TransportError
-from .rendezvous import make_store
 
 PATIENCE = 10.0
 """Seconds that a rank which has failed waits for the others to come to know it."""
@@ -45,8 +44,6 @@ class World:
             self.wants_mpi(own)
         if transport:  # for the communicators of torch's groups, which nobody makes by name
             os.environ[TRANSPORT] = transport
-        if transport == "gloo" and self.size > 1 and not isinstance(own, bootstrap.StoreBootstrap):
-            own = bootstrap.StoreBootstrap(self.store(), self.rank, self.size, "abccl.bench/comm")
         self.comm: Communicator = connect(own, transport=transport)
         self.hosts = self.comm.topology.hosts
         carrier = self.comm._transport
@@ -83,22 +80,13 @@ class World:
         """What all ranks tell. All call it."""
         return [told.decode() for told in self._own.exchange(text.encode())]
 
-    def store(self) -> Any:
-        """A store of torch's that all ranks share: their launcher's, else one that rank 0 serves. All call it."""
-        if self._store is None:
-            distributed: Any = import_or("torch.distributed", "pip install 'abccl[torch]'")
-            if isinstance(self._own, bootstrap.StoreBootstrap):
-                self._store = distributed.PrefixStore(f"{self._own.prefix}/bench", self._own.store)
-            else:
-                self._store = make_store(distributed, self._own)
-        return self._store
-
     def distributed(self) -> Any:
         """torch.distributed, initialised with gloo among the ranks. All call it."""
         if self._distributed is None:
             distributed: Any = import_or("torch.distributed", "pip install 'abccl[torch]'")
             # Not env://, which only torchrun sets up.
-            distributed.init_process_group("gloo", store=self.store(), rank=self.rank, world_size=self.size)
+            self._store = distributed.PrefixStore("bench", self._own.store())
+            distributed.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
             self._distributed = distributed
         return self._distributed
 

@@ -33,6 +33,7 @@ from typing import Any
 
 from ..errors import ArgumentError, DeadlineExceeded, TransportError
 from ..transports import Transport
+from .rendezvous import make_store
 
 TIMEOUT = 300.0
 """Seconds that an exchange waits for all ranks, unless told otherwise."""
@@ -43,6 +44,8 @@ class Bootstrap(ABC):
 
     rank: int
     size: int
+    _made: Any = None
+    _networks = 0
 
     @abstractmethod
     def exchange(self, data: bytes) -> list[bytes]:
@@ -62,10 +65,27 @@ class Bootstrap(ABC):
         Raises:
             TransportError: these ranks have no such way to each other.
         """
-        raise TransportError(
-            f"{kind or 'several hosts'}: how these ranks were started tells no way from host to host: start them by "
-            "mpirun (MPI's messages) or torchrun (Gloo's)"
-        )
+        if kind == "mpi":
+            raise TransportError("mpi: MPI did not start these ranks and does not know them: start them by mpirun")
+        return self._gloo()
+
+    def _gloo(self) -> Transport:
+        from ..transports.gloo import GlooTransport
+
+        store = self.store()  # or an error that says what is missing
+        prefix, self._networks = f"abccl/gloo/{self._networks}", self._networks + 1
+        store = importlib.import_module("torch.distributed").PrefixStore(prefix, store)
+        return GlooTransport(store, self.rank, self.size, TIMEOUT)
+
+    def store(self) -> Any:
+        """A store of torch's that all ranks share. Collective.
+
+        Raises:
+            TransportError: there is no torch, or rank 0 can not be reached.
+        """
+        if self._made is None:
+            self._made = make_store(self.rank, self.exchange)
+        return self._made
 
 
 class Alone(Bootstrap):
@@ -86,18 +106,18 @@ class StoreBootstrap(Bootstrap):
     """
 
     def __init__(self, store: Any, rank: int, size: int, prefix: str, timeout: float = TIMEOUT) -> None:
-        self.store, self.rank, self.size, self.prefix, self.timeout = store, rank, size, prefix, timeout
+        self._store, self.rank, self.size, self.prefix, self.timeout = store, rank, size, prefix, timeout
         self.round = 0
 
     def exchange(self, data: bytes) -> list[bytes]:
         """What every rank gave, by one key for each."""
         keys = [self._key(self.round, rank) for rank in range(self.size)]
         try:
-            self.store.set(keys[self.rank], data)
+            self._store.set(keys[self.rank], data)
             poll(lambda: self._missing(keys), self.timeout, self)
-            gathered = [bytes(self.store.get(key)) for key in keys]
+            gathered = [bytes(self._store.get(key)) for key in keys]
             if self.round:
-                self.store.delete_key(self._key(self.round - 1, self.rank))
+                self._store.delete_key(self._key(self.round - 1, self.rank))
         except RuntimeError as error:
             raise TransportError(
                 f"rank {self.rank} of {self.size} lost the store it meets its peers by: {_first_line(error)}. "
@@ -106,20 +126,15 @@ class StoreBootstrap(Bootstrap):
         self.round += 1
         return gathered
 
-    def network(self, kind: str | None) -> Transport:
-        """Gloo's messages: see `Bootstrap.network`."""
-        if kind == "mpi":
-            raise TransportError("mpi: these ranks meet by a store, and MPI does not know them: start them by mpirun")
-        from ..transports.gloo import GlooTransport
-
-        prefixed = importlib.import_module("torch.distributed").PrefixStore(f"{self.prefix}/gloo", self.store)
-        return GlooTransport(prefixed, self.rank, self.size, self.timeout)
+    def store(self) -> Any:
+        """See `Bootstrap.store`: the launcher's, below a prefix of its own."""
+        return importlib.import_module("torch.distributed").PrefixStore(self.prefix, self._store)
 
     def _key(self, round: int, rank: int) -> str:
         return f"{self.prefix}/{round}/{rank}"
 
     def _missing(self, keys: Sequence[str]) -> list[int]:
-        return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
 
 
 class MPIBootstrap(Bootstrap):
@@ -157,16 +172,19 @@ class MPIBootstrap(Bootstrap):
     def network(self, kind: str | None) -> Transport:
         """MPI's messages: see `Bootstrap.network`."""
         if kind == "gloo":
-            raise TransportError("gloo: MPI started these ranks, and they share no store: start them by torchrun")
+            return self._gloo()
         from ..transports.mpi import MPITransport
 
         return MPITransport(self.comm)
 
     def _finish(self, request: Any) -> None:
-        poll(lambda: [] if request.Test() else None, self.timeout, self)
+        # MPI goes from round to round of a collective only when it is called.
+        poll(lambda: [] if request.Test() else None, self.timeout, self, longest_pause=0.001)
 
 
-def poll(missing: Callable[[], Sequence[int] | None], timeout: float, own: Bootstrap) -> None:
+def poll(
+    missing: Callable[[], Sequence[int] | None], timeout: float, own: Bootstrap, longest_pause: float = 0.05
+) -> None:
     """Ask until nobody is missing. Sleeps between, so that Ctrl-C is seen and the store is left in peace.
 
     Args:
@@ -187,7 +205,7 @@ def poll(missing: Callable[[], Sequence[int] | None], timeout: float, own: Boots
                 f"equally often. Look at the output of {who}; if they are only slow to start, give a longer timeout"
             )
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        pause = min(2 * pause, longest_pause)
 
 
 spawned: Bootstrap | None = None

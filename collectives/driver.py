@@ -61,7 +61,9 @@ class DrivenWork(Work):
     def finish(self, error: BaseException | None) -> None:
         """It has ended, by this error if it failed."""
         self.ended = time.monotonic()
-        self._error, self._keep, self.done = error, None, True
+        if error is None:
+            self._keep = None
+        self._error, self.done = error, True
 
 
 class _Run:
@@ -85,6 +87,7 @@ class Driver:
         self._mailbox = Mailbox(transport)
         self._lock = threading.Lock()  # of all below and of the transport
         self._runs: deque[_Run] = deque()
+        self._abandoned: list[DrivenWork] = []  # MPI can not be told to let go of their buffers
         self._waiting = 0  # threads that wait for some work, and so drive
         self._nobody_waits = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -116,6 +119,7 @@ class Driver:
         until = float("inf") if timeout is None else time.monotonic() + timeout
         with self._nobody_waits:
             self._waiting += 1
+        self._transport.stirred = time.monotonic()
         try:
             while not work.done:
                 moved = self._step()
@@ -168,6 +172,7 @@ class Driver:
                 if run.execution.progress():
                     self._runs.popleft()
                     run.work.finish(None)
+                    self._transport.stirred = time.monotonic()
                     return True
                 if time.monotonic() > run.deadline:
                     run.execution.wait(run.deadline)  # it knows what it waits for, and says so
@@ -185,6 +190,7 @@ class Driver:
         runs, self._runs = self._runs, deque()
         for run in runs:
             run.work.finish(error)
+        self._abandoned += [run.work for run in runs]
         self._mailbox.fail(error)
 
     def _need_thread(self) -> None:

@@ -102,6 +102,7 @@ class Mailbox:
                 self._take(message, unexpected)
                 return
         self._wanted.append(message)
+        self._mark(message.peer)
 
     def progress(self) -> bool:
         """Move what can be moved without waiting; whether something did. The transport has progressed.
@@ -139,12 +140,19 @@ class Mailbox:
     def _expect(self, peer: int) -> tuple[Request, bytearray]:
         envelope = bytearray(ENVELOPE_BYTES)
         self._envelopes[peer] = self._transport.post_recv(peer, USER_TAGS, memoryview(envelope)), envelope
+        self._mark(peer)
         return self._envelopes[peer]
+
+    def _mark(self, peer: int) -> None:
+        """Whether this rank misses messages of the peer, now that its receives have changed."""
+        if peer in self._envelopes:
+            self._envelopes[peer][0].standing = all(message.peer != peer for message in self._wanted)
 
     def _arrived(self, unexpected: _Unexpected) -> None:
         for position, message in enumerate(self._wanted):
             if message.accepts(unexpected.source, unexpected.tag):
                 del self._wanted[position]
+                self._mark(message.peer)
                 self._take(message, unexpected)
                 return
         self._unexpected.append(unexpected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 from hosts import SYSTEM_PATH, Host
 
-PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
 
 # The hosts share the machine's cores, and are said to have 4 each.
 CONFIGURATION = """
@@ -60,6 +61,20 @@ class Cluster:
         output: str = process.communicate()[0]
         assert process.returncode == 0, f"{command} ended with {process.returncode}:\n{output}"
         return output
+
+    def batch(self, script: Path, **variables: str) -> str:
+        """What a batch script prints, run to its end in its own folder; it must succeed."""
+        output = script.with_suffix(".out")
+        options = ["--parsable", f"--chdir={script.parent}", f"--output={output}"]
+        job = self.run("sbatch", *options, script, **variables).strip()
+        while (state := self._state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            time.sleep(0.2)  # `sbatch --wait` looks after 2, 10 and 42 seconds
+        text = output.read_text(errors="replace") if output.exists() else ""
+        assert state == "COMPLETED", f"{script} is {state}:\n{text}"
+        return text
+
+    def _state(self, job: str) -> str:
+        return re.findall(r"JobState=(\w+)", self.run("scontrol", "show", "job", job))[0]
 
 
 def missing() -> str:

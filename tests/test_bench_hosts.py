@@ -17,13 +17,14 @@ from bench_runs import ALONE, case_of, ended, started
 from click.testing import CliRunner
 
 from abccl.algorithms import Collective
-from abccl.bench import rendezvous, run
+from abccl.bench import run
 from abccl.bench.__main__ import bench
 from abccl.bench.buffers import Buffers, take_gpu
 from abccl.bench.options import Options
 from abccl.bench.peers import MPI
-from abccl.bench.rendezvous import addresses, first_that_answers, make_store
+from abccl.collectives import rendezvous
 from abccl.collectives.bootstrap import Bootstrap
+from abccl.collectives.rendezvous import addresses, first_that_answers, make_store
 from abccl.errors import ArgumentError, TransportError
 
 FEW = ["--max", "16", "--iterations", "5"]
@@ -51,7 +52,7 @@ def test_no_address_answers() -> None:
 
 def test_addresses_that_others_reach_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"lo": "127.0.0.1", "none": "", "eth0": "10.0.0.1", "eth1": "10.0.0.2"}
-    monkeypatch.setattr(rendezvous.socket, "if_nameindex", lambda: list(enumerate(known)))
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(known)))
     monkeypatch.setattr(rendezvous, "_address", known.get)
     assert addresses({}) == ["10.0.0.1", "10.0.0.2", "127.0.0.1"]
     assert addresses({"GLOO_SOCKET_IFNAME": "eth1"}) == ["10.0.0.2", "10.0.0.1", "127.0.0.1"]
@@ -78,13 +79,12 @@ class Threads(Bootstrap):
 
 @pytest.mark.torch
 def test_ranks_share_a_store() -> None:
-    import torch.distributed as dist
 
     blobs, meeting, got = [b""] * 3, threading.Barrier(3), {}
 
     def rank(number: int) -> None:
         own = Threads(number, blobs, meeting)
-        store = make_store(dist, own)
+        store = make_store(own.rank, own.exchange)
         store.set(f"from {number}", f"hello {number}")
         got[number] = [store.get(f"from {other}") for other in range(3)]
         own.exchange(b"")  # rank 0 keeps the store

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from abccl.algorithms import Collective
-from abccl.errors import Aborted, ArgumentError, ClosedError, DeadlineExceeded, PeerLost, TransportError
+from abccl.errors import Aborted, ArgumentError, ClosedError, DeadlineExceeded, Mismatch, PeerLost, TransportError
 from abccl.transports import USER_TAGS, NativeCall, Transport, conformance
 from abccl.transports import gloo as module
 
@@ -59,6 +59,13 @@ def test_conformance(check: Callable[..., None]) -> None:
 # Messages
 
 
+def meet(transport: Transport) -> None:
+    """A message each way: whoever has it knows that the peer has room for it."""
+    peer = 1 - transport.rank
+    receive = transport.post_recv(peer, USER_TAGS, memoryview(bytearray(1)))
+    transport.wait([receive, transport.post_send(peer, USER_TAGS, memoryview(b"x"))], soon())
+
+
 def test_messages_of_all_lengths_cross_in_any_order() -> None:
     """More than there is room for, so that some wait for their receives; and each in its tag's order."""
     draw = random.Random(1)
@@ -70,6 +77,7 @@ def test_messages_of_all_lengths_cross_in_any_order() -> None:
         return random.Random(1000 * rank + index).randbytes(lengths[index])
 
     def main(transport: Transport) -> None:
+        meet(transport)
         peer = 1 - transport.rank
         sends = [
             transport.post_send(peer, tag, memoryview(message(transport.rank, index))) for index, tag in enumerate(tags)
@@ -89,18 +97,39 @@ def test_unread_messages_take_no_more_than_their_room() -> None:
     assert count * length > module.ROOM
 
     def main(transport: Transport) -> None:
-        data = memoryview(bytes(length))
+        meet(transport)
         if transport.rank == 1:
             transport.wait([transport.post_recv(0, USER_TAGS + 1, memoryview(bytearray(1)))], soon())
-            receives = [transport.post_recv(0, USER_TAGS, memoryview(bytearray(length))) for _ in range(count)]
-            transport.wait(receives, soon())
+            for _ in range(count):
+                transport.wait([transport.post_recv(0, USER_TAGS, memoryview(bytearray(length)))], soon())
+            transport.wait([transport.post_send(0, USER_TAGS, memoryview(b"x"))], soon())
             return
-        sends = [transport.post_send(1, USER_TAGS, data) for _ in range(count)]
+        sends = [transport.post_send(1, USER_TAGS, memoryview(bytes(length))) for _ in range(count)]
         transport.progress()
-        assert sum(send.done for send in sends) <= module.ROOM // length
-        transport.wait([*sends, transport.post_send(1, USER_TAGS + 1, memoryview(b"!"))], soon())
+        done = sum(send.done for send in sends)
+        assert 1 <= done <= module.ROOM // length, f"{done} messages were taken without a receive"
+        transport.wait([*sends, transport.post_send(1, USER_TAGS + 1, memoryview(b"x"))], soon())
+        transport.wait([transport.post_recv(1, USER_TAGS, memoryview(bytearray(1)))], soon())
+        again = transport.post_send(1, USER_TAGS, memoryview(bytes(length)))
+        transport.progress()
+        assert again.done, "there is no more room, although all was read"
 
     with make(2) as transports:
+        conformance.run_ranks(transports, main, PATIENCE)
+
+
+@pytest.mark.parametrize(("sent", "wanted"), [(10, 20), (20, 10), (0, 1), (1, 0)])
+def test_short_messages_of_another_length(sent: int, wanted: int) -> None:
+    """As `check_length`, but after ranks have met: the message does not wait for its receive."""
+
+    def main(transport: Transport) -> None:
+        meet(transport)
+        if transport.rank == 0:
+            transport.wait([transport.post_send(1, USER_TAGS, memoryview(bytes(sent)))], soon())
+        else:
+            transport.wait([transport.post_recv(0, USER_TAGS, memoryview(bytearray(wanted)))], soon())
+
+    with make(2) as transports, pytest.raises(Mismatch, match=f"wanted {wanted} bytes from rank 0, and {sent} came"):
         conformance.run_ranks(transports, main, PATIENCE)
 
 
@@ -153,13 +182,12 @@ def test_what_was_sent_before_closing_arrives() -> None:
     closed = threading.Event()
 
     def main(transport: Transport) -> None:
+        meet(transport)
         if transport.rank == 0:
-            transport.wait([transport.post_recv(1, USER_TAGS, memoryview(bytearray(5)))], soon())
             transport.wait([transport.post_send(1, USER_TAGS, memoryview(message)) for message in messages], soon())
             transport.close()
             closed.set()
             return
-        transport.wait([transport.post_send(0, USER_TAGS, memoryview(b"begin"))], soon())
         assert closed.wait(PATIENCE), "closing, or a send that fits into its room, waits for its receive"
         into = [bytearray(1000) for _ in messages]
         transport.wait([transport.post_recv(0, USER_TAGS, memoryview(each)) for each in into], soon())
@@ -229,6 +257,21 @@ def test_what_gloo_lacks_is_refused() -> None:
         for dtype, op in (("int16", "sum"), ("uint64", "max"), ("complex64", "prod")):
             with pytest.raises(ArgumentError, match=f"Gloo has no {op} for {dtype}"):
                 transport.prepare_native(all_reduce(dtype, op))
+
+
+def test_an_all_to_all_in_place() -> None:
+    size, part = 3, 50_000
+
+    def main(transport: Transport) -> None:
+        vector = torch.arange(size).repeat_interleave(part) + 10 * transport.rank
+        call = all_reduce(
+            "int64", "", collective=Collective.ALL_TO_ALL, input_count=len(vector), output_count=len(vector)
+        )
+        transport.prepare_native(call).start(vector.data_ptr(), vector.data_ptr()).wait(soon())
+        assert torch.equal(vector, 10 * torch.arange(size).repeat_interleave(part) + transport.rank)
+
+    with make(size) as transports:
+        conformance.run_ranks(transports, main, PATIENCE)
 
 
 @pytest.mark.parametrize("how", ["abort", "deadline", "close"])

@@ -80,7 +80,6 @@ def test_the_batch_files_of_the_docs(
     (text,) = [block for block in blocks if word in block]
     (tmp_path / "job.sh").write_text(text)
     (tmp_path / "train.py").write_text(TRAIN)
-    cluster.run("sbatch", "--wait", f"--chdir={tmp_path}", "--output=out.txt", tmp_path / "job.sh", **variables)
-    output = (tmp_path / "out.txt").read_text()
+    output = cluster.batch(tmp_path / "job.sh", **variables)
     assert sorted(re.findall(r"OK rank (\d) .* by (\w+)", output)) == [(str(r), network) for r in range(4)], output
     assert output.count("((0, 1), (2, 3))") == 4, output

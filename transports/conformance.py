@@ -23,10 +23,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ..algorithms import Collective, algorithms, lookup
-from ..errors import Aborted, CollectiveError, DeadlineExceeded, Mismatch
+from ..errors import Aborted, ArgumentError, CollectiveError, DeadlineExceeded, Mismatch
 from .contract import USER_TAGS, Transport
 from .errand import error_from_words, error_to_words
-from .trial import Case, Trial, cases
+from .trial import Case, Trial, cases, native_cases
 
 
 @dataclass(frozen=True)
@@ -347,6 +347,26 @@ def check_plans(make: Make, patience: float = PATIENCE, sizes: Iterable[int] = (
             run_ranks(group, main, patience)
 
 
+def check_native(make: Make, patience: float = PATIENCE, sizes: Iterable[int] = (1, 3)) -> None:
+    """The collectives that the engine has of its own against numpy. It may refuse types, but no float32."""
+
+    def main(transport: Transport) -> None:
+        for case in native_cases(transport.size):
+            if case.collective not in transport.collectives:
+                continue
+            try:
+                trial = Trial(transport, case, native=True)
+            except ArgumentError:
+                assert (case.dtype, case.op) != ("float32", "sum"), f"{case.text} was refused"
+                continue
+            trial.start().wait(time.monotonic() + patience)
+            trial.verify()
+
+    for size in sizes:
+        with make(size) as group:
+            run_ranks(group, main, patience)
+
+
 def check_runs_again(make: Make, patience: float = PATIENCE) -> None:
     """A plan made ready once runs many times; a rank that only sends may be several runs ahead."""
     count, times = 1000, 30
@@ -455,6 +475,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     check_abort,
     check_close,
     check_plans,
+    check_native,
     check_runs_again,
     check_progress,
     check_mismatch,

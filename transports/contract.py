@@ -7,6 +7,7 @@ the verbs; a transport that can do better overrides `prepare` and runs plans its
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from typing import ClassVar, Protocol
 from ..algorithms import Collective
 from ..algorithms.plan import Plan
 from ..errors import DeadlineExceeded, Mismatch, TransportError
+
+YIELDING, NAP = 0.005, 100e-6
+"""Seconds without news after which a wait no longer yields the processor but sleeps, and for how long at a time."""
 
 USER_TAGS = 256
 """The first tag that plans leave alone."""
@@ -71,7 +75,14 @@ class NativeCall:
 
 
 class Request(Protocol):
-    """One posted send or receive."""
+    """One posted send or receive.
+
+    Attributes:
+        standing: of a receive, false at first: true says that its message may never come, so that its peer is not lost
+            if it closes. May be changed at any time.
+    """
+
+    standing: bool
 
     @property
     def done(self) -> bool:
@@ -143,6 +154,9 @@ class Transport(ABC):
     lanes: int
     """How many segments of a plan may be under way at a time."""
 
+    stirred: float = 0.0
+    """When something last began or moved, of time.monotonic(): `idle` goes by it."""
+
     runs: int = 0
     """How many runs of plans were started: the portable engine numbers its messages by it."""
 
@@ -207,8 +221,15 @@ class Transport(ABC):
         return False
 
     def idle(self, deadline: float) -> None:
-        """Give the processor away until `progress` may find something, at most until `deadline`; may return early."""
-        time.sleep(0)
+        """Give the processor away until `progress` may find something, at most until `deadline`; may return early.
+
+        This one is for transports that must be asked: it yields at first, and sleeps when nothing has stirred for long.
+        """
+        now = time.monotonic()
+        if now - self.stirred < YIELDING:
+            os.sched_yield()  # time.sleep(0) takes a hundred times as long
+        else:
+            time.sleep(max(0.0, min(NAP, deadline - now)))
 
     def wait(self, requests: Sequence[Request], deadline: float) -> None:
         """Progress until all requests are done.
@@ -218,6 +239,7 @@ class Transport(ABC):
             Mismatch: a received message had another length than its buffer; the transport is aborted.
             CollectiveError: as `progress`.
         """
+        self.stirred = time.monotonic()
         self.progress()
         while not all(request.done for request in requests):
             if time.monotonic() > deadline:

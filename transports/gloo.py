@@ -1,8 +1,8 @@
 """Gloo: ranks on any hosts that share one of torch's stores, over point-to-point messages of torch's ProcessGroupGloo.
 
-Gloo tells nobody when a message has come but a thread that waits for it, can not wait for one of several, and breaks on
-a message longer than its receive. So each pair of ranks that talks has a channel: a few receives that are always posted,
-and a thread that waits for them and hands what comes to `progress`. What travels there begins with a head:
+Gloo tells only a thread that waits that its message has come, can not wait for one of several, and breaks on a message
+longer than its receive. So each pair of ranks that talks has a channel: a few receives that are always posted, and a
+thread that waits for them and hands what comes to `progress`. What travels there begins with a head:
 
 - EAGER: a message of up to EAGER_BYTES, copied on both sides, as long as the receiver has granted room for it;
 - OFFER, ACCEPT, BODY: a longer message, or one for which there is no room, moves from the sender's memory into the
@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -39,10 +39,10 @@ from ..algorithms.plan import Plan
 from ..errors import ArgumentError, ClosedError, DeadlineExceeded, PeerLost, TransportError
 from .contract import NativeCall, Operation, Prepared, Request, Transport
 from .errand import error_from_words, error_to_words
-from .gloo_native import GlooCollective
+from .gloo_collectives import COLLECTIVES, NativePlan
 from .portable import PortablePlan
 
-SLOT_BYTES = 128 << 10
+SLOT_BYTES = 256 << 10
 
 EAGER_BYTES = SLOT_BYTES + 1024
 """A plan's messages and their heads."""
@@ -50,7 +50,7 @@ EAGER_BYTES = SLOT_BYTES + 1024
 ROOM = 4 << 20
 """How many bytes a rank keeps for messages of one peer that it has not read."""
 
-LEAST_ROOM = 256
+LEAST_ROOM = 1024
 """What the shortest message takes of it."""
 
 POSTED = 4
@@ -64,6 +64,9 @@ FOREVER = timedelta(days=365)
 
 _HEADS, _BODIES, _LAST = 0, 1, 0x7FFFFFFF  # Gloo's tags
 
+_OFFERS = 1 << 30
+"""How many offers are numbered before the numbers begin anew."""
+
 _HEAD = struct.Struct("<BxHIQQQ")
 """Kind, tag, number of the offer, length, heads received, room granted since the beginning."""
 
@@ -76,9 +79,9 @@ class _Post:
     """One posted send or receive."""
 
     def __init__(self, peer: int, memory: memoryview) -> None:
-        self.source, self.done = peer, False
+        self.source, self.done, self.standing = peer, False, False
         self.wanted = self.length = memory.nbytes
-        self.memory = memory.cast("B") if memory.nbytes else memoryview(b"")
+        self.memory = memory.cast("B") if memory.nbytes else memoryview(bytearray())
         self.work: Any = None
 
 
@@ -87,7 +90,7 @@ class _Unread(NamedTuple):
 
     length: int
     offer: int
-    data: bytes | None
+    data: bytes | memoryview | None
 
 
 class _Underway(NamedTuple):
@@ -101,8 +104,8 @@ class _Underway(NamedTuple):
 class _Channel:
     """What a rank knows of one peer."""
 
-    def __init__(self, peer: int) -> None:
-        self.peer = peer
+    def __init__(self, peer: int, group: Any) -> None:
+        self.peer, self.group = peer, group
         self.lock = threading.Lock()  # heads are numbered in the order in which Gloo gets them
         self.posted: deque[tuple[Any, Any]] = deque()
         self.buffers: list[Any] = []
@@ -115,7 +118,7 @@ class _Channel:
         self.unread: dict[int, deque[_Unread]] = {}
         self.offered: dict[int, _Post] = {}
         self.accepted: dict[int, _Post] = {}
-        self.lost = ""
+        self.lost: RuntimeError | None = None
 
 
 _open: set[GlooTransport] = set()
@@ -142,7 +145,7 @@ class GlooTransport(Transport):
 
     name = "gloo"
     lanes, slot_bytes = 4, SLOT_BYTES
-    native: ClassVar[frozenset[Collective]] = frozenset(Collective)
+    collectives: ClassVar[frozenset[Collective]] = COLLECTIVES
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
@@ -153,7 +156,7 @@ class GlooTransport(Transport):
         except (ImportError, AttributeError) as error:
             raise TransportError(f"the gloo transport needs torch with Gloo ({error}): pip install torch") from error
         self._process = os.getpid()
-        self._closed = False
+        self._closed = self._severed = False
         self._error: Exception | None = None
         self._error_lock = threading.Lock()
         self.broken = threading.Event()
@@ -218,7 +221,7 @@ class GlooTransport(Transport):
             if self._send(channel, _Kind.EAGER, tag, 0, post.length, post.memory):
                 self._finish(channel, post)
         else:
-            channel.offers += 1
+            channel.offers = (channel.offers + 1) % _OFFERS
             channel.offered[channel.offers] = post
             self._send(channel, _Kind.OFFER, tag, channel.offers, post.length)
         return post
@@ -246,7 +249,7 @@ class GlooTransport(Transport):
         if self._error is not None:
             raise type(self._error)(str(self._error))
         for channel in self._lost:
-            if channel.unfinished:
+            if channel.lost is not None and not all(post.standing for post in channel.unfinished):
                 lost = self.lost(f"rank {channel.peer}", channel.lost)
                 self.abort(lost)
                 raise lost
@@ -256,7 +259,7 @@ class GlooTransport(Transport):
         if self._finished or self._next is not None:
             return
         timeout = max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
-        with contextlib.suppress(importlib.import_module("queue").Empty):
+        with contextlib.suppress(Empty):
             self._next = self._news.get(timeout=timeout)
 
     def set_bell(self, ring: Callable[[], None]) -> bool:
@@ -302,7 +305,7 @@ class GlooTransport(Transport):
 
     def prepare_native(self, call: NativeCall) -> Prepared:
         """See `Transport.prepare_native`. Ranks that call different things are not told so."""
-        return GlooCollective(self, call)
+        return NativePlan(self, call)
 
     # What Gloo's own collectives need too
 
@@ -312,6 +315,9 @@ class GlooTransport(Transport):
 
     def sever(self) -> None:
         """Break all connections, once messages under way have left or LINGER has passed: Gloo then writes no more."""
+        if self._severed:
+            return
+        self._severed = True
         until = time.monotonic() + LINGER
         for channel in list(self._channels.values()):
             # A peer that was never heard may not have its receives posted.
@@ -324,11 +330,11 @@ class GlooTransport(Transport):
             with contextlib.suppress(RuntimeError):
                 self.group.recv([unused], peer, _LAST).wait(timedelta(milliseconds=1))
 
-    def lost(self, whom: str, why: str) -> PeerLost:
+    def lost(self, whom: str, why: Exception) -> PeerLost:
         """The error for a connection that is no more."""
         return PeerLost(
-            f"gloo: rank {self.rank} of {self.size} needs {whom}, and its connection is gone ({why}): did that process "
-            f"end, or close before all ranks were done?"
+            f"gloo: rank {self.rank} of {self.size} needs {whom}, and its connection is gone ({_first_line(why)}): "
+            f"did that process end, or close before all ranks were done?"
         )
 
     # Channels
@@ -347,7 +353,7 @@ class GlooTransport(Transport):
     def _channel(self, peer: int) -> _Channel:
         """The channel to a peer, which its first use opens."""
         if peer not in self._channels:
-            channel = self._channels[peer] = _Channel(peer)
+            channel = self._channels[peer] = _Channel(peer, self.group)
             try:
                 for _ in range(POSTED):
                     self._listen(channel)
@@ -363,7 +369,7 @@ class GlooTransport(Transport):
     def _listen(self, channel: _Channel) -> None:
         """Post a receive for one more head."""
         buffer = channel.buffers.pop() if channel.buffers else np.empty(_HEAD.size + EAGER_BYTES, np.uint8)
-        work = self.group.recv([self.torch.from_numpy(buffer)], channel.peer, _HEADS)
+        work = channel.group.recv([self.torch.from_numpy(buffer)], channel.peer, _HEADS)
         channel.posted.append((work, buffer))
 
     def _hear(self, channel: _Channel) -> None:
@@ -403,9 +409,9 @@ class GlooTransport(Transport):
             message.data[_HEAD.size :] = data
         with channel.lock:
             channel.told = channel.granted
-            _HEAD.pack_into(message, 0, kind, tag, offer, length, channel.received, channel.told)
+            _HEAD.pack_into(message.data, 0, kind, tag, offer, length, channel.received, channel.told)
             try:
-                work = self.group.send([self.torch.from_numpy(message)], channel.peer, _HEADS)
+                work = channel.group.send([self.torch.from_numpy(message)], channel.peer, _HEADS)
             except RuntimeError as error:
                 self._lose(channel, error)
                 return False
@@ -420,8 +426,8 @@ class GlooTransport(Transport):
     def _handle(self, channel: _Channel, news: Any) -> None:
         """What came on a channel: a buffer that begins with a head, or the error that ended it."""
         if isinstance(news, RuntimeError):
-            if not channel.lost:
-                channel.lost = _first_line(news)
+            if channel.lost is None:
+                channel.lost = news
                 self._lost.append(channel)
             return
         number, tag, offer, length, received, channel.room = _HEAD.unpack_from(news)
@@ -459,7 +465,7 @@ class GlooTransport(Transport):
             return
         if fits:
             try:
-                post.work = self.group.recv([self._tensor(post, fits)], channel.peer, _BODIES + unread.offer)
+                post.work = channel.group.recv([self._tensor(post, fits)], channel.peer, _BODIES + unread.offer)
             except RuntimeError as error:
                 self._lose(channel, error)
                 return
@@ -474,7 +480,7 @@ class GlooTransport(Transport):
             self._finish(channel, post)
             return
         try:
-            post.work = self.group.send([self._tensor(post, length)], channel.peer, _BODIES + offer)
+            post.work = channel.group.send([self._tensor(post, length)], channel.peer, _BODIES + offer)
         except RuntimeError as error:
             self._lose(channel, error)
             return

@@ -25,7 +25,7 @@ class _Post:
         self.data = data.cast("B") if data.nbytes else memoryview(b"")
         self.wanted = self.length = data.nbytes
         self.source = peer
-        self.matched = self.done = False
+        self.matched = self.done = self.standing = False
 
 
 class _Message:
@@ -172,7 +172,7 @@ class InprocTransport(Transport):
     def _lost(self) -> PeerLost | None:
         """The error if a post can not come to its end because its peer is closed. The lock is held."""
         for post in (*self.receives, *self.sends):
-            if not post.matched and post.peer in self.group.closed:
+            if not post.matched and not post.standing and post.peer in self.group.closed:
                 return PeerLost(
                     f"inproc: rank {self.rank} of {self.size} waits for rank {post.peer}, which has closed: "
                     f"close only after all ranks are done"

@@ -23,7 +23,7 @@ from ..algorithms import Collective
 from ..algorithms.plan import Instruction, Plan
 from ..errors import AbcclError, Aborted, DeadlineExceeded
 from . import _native
-from .contract import Execution, NativeCall, Operation, Prepared, Request, Transport
+from .contract import YIELDING, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
 from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
@@ -34,8 +34,6 @@ JOINT = "joint"
 TICK = 0.02
 """Seconds between looks at what does not announce itself: a peer that has died, an interrupt."""
 
-YIELDS = 500
-NAP = 100e-6
 
 _MOVED, _DONE = 1, 2
 
@@ -59,7 +57,6 @@ class JointTransport(Transport):
         self.index = {rank: index for index, rank in enumerate(self.order)}
         self.engine = _native.DrivenExecution(local.native, HEAD_BYTES)
         self._rings = network.set_bell(local.native.ring)
-        self._blocked = 0
 
     @property
     def collectives(self) -> frozenset[Collective]:  # type: ignore[override]
@@ -101,19 +98,15 @@ class JointTransport(Transport):
 
     def idle(self, deadline: float) -> None:
         """Give the processor away: yield at first, then sleep until the host's ranks or the network ring."""
-        self._blocked += 1
-        if self._blocked < YIELDS:
+        if not self._rings:
+            self.network.stirred = self.stirred
+            self.network.idle(deadline)
+        elif time.monotonic() - self.stirred < YIELDING:
             os.sched_yield()
-        elif not self._rings:
-            time.sleep(NAP)
         else:
             nap = _native.Nap(self.local.native)
             nap.sleep(1)  # what came just before it began rang for nobody
             nap.end()
-
-    def moved(self) -> None:
-        """Something has happened: the next wait begins anew."""
-        self._blocked = 0
 
     def abort(self, error: Exception) -> None:
         """See `Transport.abort`: here and on all other hosts."""
@@ -206,10 +199,11 @@ class JointExecution:
         while outcome == _MOVED:
             outcome = max(self.engine.progress(), self._carry())
             total = max(total, outcome)
+        now = time.monotonic()
         if total:
-            self.transport.moved()
-        if outcome != _DONE and time.monotonic() > self.next_tick:
-            self.next_tick = time.monotonic() + TICK
+            self.transport.stirred = now
+        if outcome != _DONE and now > self.next_tick:
+            self.next_tick = now + TICK
             self.engine.check()
         return total
 

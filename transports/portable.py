@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..algorithms.plan import Instruction, Operand, Place, Plan, Skeleton
-from ..errors import AbcclError, Aborted, DeadlineExceeded
 from .contract import Operation, Request, Transport
 from .message import HEAD_BYTES, Heads, Wanted
+from .running import Running
 
 
 class Kernels(Protocol):
@@ -139,7 +138,7 @@ class PortablePlan:
         return segment == 0 or self.length(blocks, segment) > 0
 
 
-class PortableExecution:
+class PortableExecution(Running):
     """One run of a plan: a generator for each lane, each going as far as its messages let it."""
 
     def __init__(self, prepared: PortablePlan, input: int, output: int) -> None:
@@ -148,40 +147,11 @@ class PortableExecution:
         self.transport.runs = (self.number + 1) & 0xFFFFFFFF
         self.running = [(lane, lane.run(self.number, input, output)) for lane in prepared.lanes]
 
-    def progress(self) -> bool:
-        """Do what can be done without waiting; true when the run is finished."""
-        try:
-            return self._advance()
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def wait(self, deadline: float) -> None:
-        """Progress until finished or the deadline."""
-        try:
-            while not self._advance():
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(self._late())
-                self.transport.idle(deadline)
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def abort(self, reason: str) -> None:
-        """Abort the transport."""
-        self._fail(Aborted(reason))
-
     def _advance(self) -> bool:
         if self.running:
             self.transport.progress()
         self.running = [(lane, counter) for lane, counter in self.running if next(counter, "end") != "end"]
         return not self.running
-
-    def _fail(self, error: BaseException) -> None:
-        rank, size = self.transport.rank, self.transport.size
-        self.transport.abort(
-            error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}")
-        )
 
     def _late(self) -> str:
         waits = [what for lane, _ in self.running if (what := lane.waits_for()) is not None]

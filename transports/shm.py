@@ -303,6 +303,16 @@ class _Message:
 
     def __init__(self, work: Any, wanted: int, source: int) -> None:
         self._work, self.wanted, self.length, self.source = work, wanted, wanted, source
+        self._standing = False
+
+    @property
+    def standing(self) -> bool:
+        return self._standing
+
+    @standing.setter
+    def standing(self, standing: bool) -> None:
+        self._standing = standing
+        self._work.set_standing(standing)
 
     @property
     def done(self) -> bool:

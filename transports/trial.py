@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..algorithms import Algorithm, Collective, algorithms
 from ..algorithms.plan import Scaling, Sizes, bind, cut, exchange_matrix, lower, parts
 from ..errors import ArgumentError
-from .contract import Execution, Operation, Transport
+from .contract import Execution, NativeCall, Operation, Prepared, Transport
 from .types import NUMBERS, OPERATORS, check_operator, numpy_dtype, numpy_operator
 
 Array = npt.NDArray[Any]
@@ -76,6 +76,28 @@ class Case:
             return exchange_matrix(rank, self.matrix())
         return parts(self.collective, rank, self.counts())
 
+    def native_call(self, rank: int) -> NativeCall:
+        """The same as a call of the engine's own."""
+        wanted, gives = self.wanted(rank), self.gives(rank)
+        parts = self.uneven and self.collective in (Collective.REDUCE_SCATTER, Collective.ALL_GATHER)
+        pairs = self.uneven and self.collective is Collective.ALL_TO_ALL
+        return NativeCall(
+            collective=self.collective,
+            dtype=self.dtype,
+            op=self.op if self.collective.reduces else "",
+            root=self.root,
+            input_count=len(self.given(rank)) if gives else 0,
+            output_count=0 if wanted is None else len(wanted),
+            counts=tuple(self.counts()) if parts else None,
+            sent=tuple(self.matrix()[rank]) if pairs else None,
+            received=tuple(row[rank] for row in self.matrix()) if pairs else None,
+            text=self.text,
+        )
+
+    def gives(self, rank: int) -> bool:
+        """Whether the rank has an input."""
+        return self.collective not in (Collective.BROADCAST, Collective.SCATTER) or rank == self.root
+
     def given(self, rank: int) -> Array:
         """What a rank contributes (were it the root): small numbers, so that all results are exact."""
         match self.collective:
@@ -133,26 +155,16 @@ class Case:
 
 
 class Trial:
-    """One rank's part in a case: its buffers with guards around them, and the plan made ready."""
+    """One rank's part in a case: its buffers with guards around them, and the plan (or the native call) made ready."""
 
-    def __init__(self, transport: Transport, case: Case) -> None:
+    def __init__(self, transport: Transport, case: Case, native: bool = False) -> None:
         self.case, self.rank = case, transport.rank
-        skeleton = lower(case.algorithm, self.rank, case.size, case.root, case.scaling)
-        dtype = numpy_dtype(case.dtype)
-        segment_bytes = case.segment and case.segment * max(1, skeleton.largest) * dtype.itemsize
-        plan = bind(
-            skeleton,
-            case.sizes(self.rank),
-            dtype.itemsize,
-            slot_bytes=transport.slot_bytes,
-            lanes=case.lanes,
-            segment_bytes=segment_bytes,
+        self.prepared = (
+            transport.prepare_native(case.native_call(self.rank)) if native else self._prepare_plan(transport)
         )
-        self.prepared = transport.prepare(plan, case.operation())
-        gives = case.collective not in (Collective.BROADCAST, Collective.SCATTER) or self.rank == case.root
-        wanted = case.wanted(self.rank)
+        dtype, wanted = numpy_dtype(case.dtype), case.wanted(self.rank)
         self.memories: list[Array] = []
-        self.input = self._guarded(case.given(self.rank)) if gives else None
+        self.input = self._guarded(case.given(self.rank)) if case.gives(self.rank) else None
         self.output = None
         if wanted is not None and case.in_place and self.input is not None:
             start = int(np.cumsum([0, *case.counts()])[self.rank])
@@ -185,6 +197,21 @@ class Trial:
         for memory in self.memories:
             guards = np.concatenate([memory[:_GUARD], memory[-_GUARD:]])
             assert (guards == 0xA5).all(), f"{me}: bytes beside a buffer were written"
+
+    def _prepare_plan(self, transport: Transport) -> Prepared:
+        case = self.case
+        skeleton = lower(case.algorithm, self.rank, case.size, case.root, case.scaling)
+        itemsize = numpy_dtype(case.dtype).itemsize
+        segment_bytes = case.segment and case.segment * max(1, skeleton.largest) * itemsize
+        plan = bind(
+            skeleton,
+            case.sizes(self.rank),
+            itemsize,
+            slot_bytes=transport.slot_bytes,
+            lanes=case.lanes,
+            segment_bytes=segment_bytes,
+        )
+        return transport.prepare(plan, case.operation())
 
     def _guarded(self, values: Array) -> Array:
         memory = np.full(values.nbytes + 2 * _GUARD, 0xA5, np.uint8)
@@ -232,6 +259,28 @@ def cases(size: int, lanes: int) -> Iterator[Case]:
                 uneven=draw.random() < 0.5,
                 in_place=draw.random() < 0.5 and can_be_in_place(collective),
             )
+
+
+def native_cases(size: int) -> Iterator[Case]:
+    """Every collective with every type and operator, equal and other parts, in place and not."""
+    for collective in Collective:
+        any_algorithm = next(iter(algorithms(collective).values()))
+        draw = random.Random(f"native {collective.value} {size}")
+        for dtype, op in [pair for pair in pairs() if collective.reduces or pair[1] == "sum"]:
+            yield Case(
+                any_algorithm,
+                size,
+                draw.choice([0, 1, 5, 131]) if (dtype, op) != ("float32", "sum") else 1000,
+                dtype,
+                op,
+                root=draw.randrange(size) if collective.rooted else 0,
+                uneven=collective in UNEVEN and draw.random() < 0.5,
+                in_place=draw.random() < 0.5 and can_be_in_place(collective),
+            )
+
+
+UNEVEN = (Collective.REDUCE_SCATTER, Collective.ALL_GATHER, Collective.ALL_TO_ALL)
+"""The collectives whose native calls take parts of different lengths."""
 
 
 def can_be_in_place(collective: Collective) -> bool:

@@ -189,6 +189,7 @@ PYBIND11_MODULE(_native, m) {
         .def("finishes_within", &finishes_within, py::arg("timeout"),
              "Like wait, and False instead of DeadlineExceeded.")
         .def_property_readonly("source", [](const PendingWork& pending) { return pending.work->source; })
+        .def("set_standing", [](PendingWork& pending, bool standing) { pending.work->standing = standing; })
         .def_property_readonly(
             "times",
             [](const PendingWork& pending) {

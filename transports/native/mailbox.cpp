@@ -226,11 +226,14 @@ void Mailbox::check() {
         last_gone = peer;
         progress_receives(peer);  // what it sent before it went
         if (!sending_[peer].empty()) endpoint_.lost(peer, "a send to it");
-        const bool awaited = std::any_of(receiving_.begin(), receiving_.end(),
-                                         [&](const Receiving& r) { return r.source != any_source && r.from(peer); });
+        const bool awaited = std::any_of(receiving_.begin(), receiving_.end(), [&](const Receiving& r) {
+            return r.source != any_source && r.from(peer) && !r.work->standing.load();
+        });
         if (awaited || arriving_[peer].matched) endpoint_.lost(peer, "a receive from it");
     }
-    if (left == 0 && size > 1 && !receiving_.empty()) endpoint_.lost(last_gone, "a receive from any rank");
+    const bool from_anybody =
+        std::any_of(receiving_.begin(), receiving_.end(), [](const Receiving& r) { return r.source == any_source; });
+    if (left == 0 && size > 1 && from_anybody) endpoint_.lost(last_gone, "a receive from any rank");
     const Deadline now = Clock::now();
     const std::string rank = endpoint_.name(self);
     const auto expired = [&](const std::string& what) { endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what); };

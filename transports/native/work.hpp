@@ -14,6 +14,8 @@ class Work {
     bool finished() const { return state_.load(std::memory_order_acquire) != 0; }
     // The rank that a finished receive came from.
     uint32_t source = 0;
+    // A receive whose message may never come: nobody is lost if its peer goes.
+    std::atomic<bool> standing{false};
 
     // When the engine took it up, and when it let go of it. Written by the engine, read once finished.
     Deadline started{}, ended{};

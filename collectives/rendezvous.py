@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from ..collectives.bootstrap import Bootstrap
 from ..errors import TransportError
 
 PATIENCE = 3.0
@@ -24,21 +24,25 @@ TIMEOUT = 300.0
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
-def make_store(distributed: Any, own: Bootstrap) -> Any:
+def make_store(rank: int, exchange: Callable[[bytes], list[bytes]]) -> Any:
     """A TCPStore that all ranks share. All call it; rank 0 must live as long as the others need it.
 
     Args:
-        distributed: the module torch.distributed.
+        exchange: an all-gather of small blobs among the ranks.
 
     Raises:
-        TransportError: no address of rank 0 answers here.
+        TransportError: there is no torch, or no address of rank 0 answers here.
     """
+    try:
+        distributed = importlib.import_module("torch.distributed")
+    except ImportError as error:
+        raise TransportError("ranks that MPI does not join meet by torch's TCPStore: pip install torch") from error
     timeout = timedelta(seconds=TIMEOUT)
-    if own.rank == 0:
+    if rank == 0:
         store = distributed.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
-        own.exchange(json.dumps([store.port, addresses()]).encode())
+        exchange(json.dumps([store.port, addresses()]).encode())
         return store
-    port, known = json.loads(own.exchange(b"")[0])
+    port, known = json.loads(exchange(b"")[0])
     return distributed.TCPStore(first_that_answers(known, port), port, None, False, timeout)
 
 
