@@ -1,11 +1,11 @@
 """Hosts on one machine, to try programs of several: network namespaces, each with a cable of 1 Gbit/s to one switch.
 
     python tests/hosts.py --hosts 2 sh -c 'torchrun --nnodes 2 --node-rank $HOST --master-addr h0 ... program.py'
-    python tests/hosts.py --hosts 2 --on h0 mpirun --host h0:2,h1:2 python program.py
+    python tests/hosts.py --hosts 2 --on h0 mpirun --host h0:2,h1:2 -x PATH python program.py
 
 runs a command in every host, or in those named by --on, and removes the hosts when all have ended. HOST is the host's
 number there, from 0. A host has its own name (h0, h1, ...), which the others know, one interface (eth0, 10.77.0.1 and
-up), and a command `ssh` that reaches the others. Processes, files and memory are the machine's.
+up), a TMPDIR, and a command `ssh` that reaches the others. Processes, files and memory are the machine's.
 
 Needs Linux, root, and iproute2. pytest does not collect this file.
 """
@@ -93,7 +93,8 @@ class Host:
     def command(self, *command: Any) -> list[str]:
         """The command that runs `command` in this host, in the same process."""
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--mount", "--uts", self.tools / "enter"]
-        return list(map(str, [*enter, self.name, "env", f"HOST={self.number}", *command]))
+        own = ["env", f"HOST={self.number}", f"TMPDIR={self.tools / self.name}"]
+        return list(map(str, [*enter, self.name, *own, *command]))
 
     def start(self, *command: Any, env: Mapping[str, str] = os.environ, **options: Any) -> subprocess.Popen[str]:
         """A process in the host, which finds the host's ssh; its output is text. `options` are Popen's."""
@@ -171,7 +172,8 @@ def _connect(host: Host, rate: str) -> None:
 
 def _equip(tools: Path, hosts: list[Host]) -> None:
     """Write what the hosts share."""
-    (tools / "sys").mkdir()
+    for folder in "sys", *(host.name for host in hosts):
+        (tools / folder).mkdir()
     (tools / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in hosts))
     login = ["env", "-i", f"HOME={Path.home()}", "USER=root", f"PATH={tools}:{SYSTEM_PATH}", "bash", "-c"]
     cases = "".join(f'{h.name} | {h.address}) exec {shlex.join(h.command(*login))} "$*" ;;\n' for h in hosts)

@@ -21,7 +21,6 @@ import ctypes
 import importlib
 import json
 import os
-import socket
 import struct
 import threading
 import time
@@ -36,10 +35,11 @@ import numpy as np
 
 from ..algorithms import Collective
 from ..algorithms.plan import Plan
-from ..errors import ArgumentError, ClosedError, DeadlineExceeded, PeerLost, TransportError
+from ..errors import ArgumentError, ClosedError, PeerLost, TransportError
 from .contract import NativeCall, Operation, Prepared, Request, Transport
 from .errand import error_from_words, error_to_words
 from .gloo_collectives import COLLECTIVES, NativePlan
+from .gloo_meeting import device, meet, reason
 from .portable import PortablePlan
 
 SLOT_BYTES = 256 << 10
@@ -158,7 +158,7 @@ class GlooTransport(Transport):
         self._process = os.getpid()
         self._closed = self._severed = False
         self._error: Exception | None = None
-        self._error_lock = threading.Lock()
+        self._aborted = threading.Lock()  # by the first abort, for good
         self.broken = threading.Event()
         self._bell: Callable[[], None] | None = None
         self._news: SimpleQueue[tuple[_Channel, Any] | None] = SimpleQueue()
@@ -168,16 +168,16 @@ class GlooTransport(Transport):
         self._channels: dict[int, _Channel] = {}
         self._threads: list[threading.Thread] = []
         until = time.monotonic() + timeout
-        address = self._meet()
+        address = meet(store, rank, size, timeout)
         options = kind._Options()
         options._timeout = timedelta(seconds=max(1.0, until - time.monotonic()))
         try:
-            options._devices = [_device(kind, address)]
+            options._devices = [device(kind, address)]
             self.group = kind(self.distributed.PrefixStore("gloo", store), rank, size, options)
         except RuntimeError as error:
             raise TransportError(
                 f"gloo: rank {rank} of {size}, at {address or 'the address of its host name'}, can not reach the "
-                f"others ({_first_line(error)}): set GLOO_SOCKET_IFNAME to the interface that joins the hosts"
+                f"others ({reason(error)}): set GLOO_SOCKET_IFNAME to the interface that joins the hosts"
             ) from error
         self.group.set_timeout(FOREVER)
         _open.add(self)
@@ -185,30 +185,6 @@ class GlooTransport(Transport):
         strides = [1 << bit for bit in range(size.bit_length()) if 1 << bit < size]
         for peer in sorted({(rank + sign * stride) % size for stride in strides for sign in (1, -1)}):
             self._channel(peer)
-
-    def _meet(self) -> str:
-        """Wait for all ranks; returns this rank's address, empty if only its host name tells."""
-        own = _address_towards(_host(self.store))
-        keys = [f"address/{rank}" for rank in range(self.size)]
-        try:
-            self.store.set(keys[self.rank], own)
-            try:
-                self.store.wait(keys, timedelta(seconds=self.timeout))
-            except RuntimeError as error:
-                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                if missing:
-                    raise DeadlineExceeded(
-                        f"gloo: rank {self.rank} of {self.size} waited {self.timeout:g} s in vain for ranks {missing}"
-                    ) from error
-            everyone = [bytes(self.store.get(key)).decode() for key in keys]
-        except RuntimeError as error:
-            raise TransportError(
-                f"gloo: rank {self.rank} of {self.size} lost the store it meets its peers by: {_first_line(error)}"
-            ) from error
-        # The host of the store may know itself by a loopback address, by which others do not reach it.
-        if _is_loopback(own):
-            own = next((_address_towards(other) for other in everyone if other and not _is_loopback(other)), own)
-        return own
 
     # The verbs
 
@@ -269,13 +245,14 @@ class GlooTransport(Transport):
 
     def abort(self, error: Exception) -> None:
         """See `Transport.abort`. Ranks that can not be reached are not waited for."""
-        with self._error_lock:
-            if self._error is not None:
-                return
-            self._error = error_from_words(error_to_words(error))
-        words = json.dumps(error_to_words(error)).encode()
+        if not self._aborted.acquire(blocking=False):
+            return
+        words = error_to_words(error)
+        data = memoryview(json.dumps(words).encode())
         for channel in list(self._channels.values()):
-            self._send(channel, _Kind.ABORT, 0, 0, len(words), memoryview(words))
+            self._send(channel, _Kind.ABORT, 0, 0, len(data), data)
+        # Not before: who is told may close at once.
+        self._error = error_from_words(words)
         self.broken.set()
         self.ring()
 
@@ -333,7 +310,7 @@ class GlooTransport(Transport):
     def lost(self, whom: str, why: Exception) -> PeerLost:
         """The error for a connection that is no more."""
         return PeerLost(
-            f"gloo: rank {self.rank} of {self.size} needs {whom}, and its connection is gone ({_first_line(why)}): "
+            f"gloo: rank {self.rank} of {self.size} needs {whom}, and its connection is gone ({reason(why)}): "
             f"did that process end, or close before all ranks were done?"
         )
 
@@ -495,39 +472,3 @@ class GlooTransport(Transport):
     def _finish(self, channel: _Channel, post: _Post) -> None:
         channel.unfinished.discard(post)
         self._finished.append(post)
-
-
-def _device(kind: Any, address: str) -> Any:
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if interface:
-        return kind.create_device(interface=interface, lazy_init=False)
-    if address:
-        return kind.create_device(hostname=address, lazy_init=False)
-    return kind.create_default_device(lazy_init=False)
-
-
-def _host(store: Any) -> str:
-    """The host of the store's server; of one in this process's memory this host; empty if there is none."""
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    return "127.0.0.1" if type(store).__name__ == "HashStore" else str(getattr(store, "host", ""))
-
-
-def _address_towards(host: str) -> str:
-    """The address of this host from which another is reached; empty if there is no way. Nothing is sent."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return ""
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text.rpartition("] ")[2].partition(". This is typically")[0]  # without Gloo's file and its advice
