@@ -18,6 +18,10 @@ from .mailbox import Mailbox, Message
 from .work import Times, Work
 
 
+TICK = 0.02
+"""Seconds between looks at deadlines."""
+
+
 class DrivenWork(Work):
     """An operation that a Driver drives. `keep` are its buffers, kept until it has ended."""
 
@@ -127,7 +131,7 @@ class Driver:
                 if now >= until:
                     return
                 if not moved:
-                    self._transport.idle(min(until, now + 1.0))
+                    self._transport.idle(min(until, now + TICK))
         except AbcclError as error:
             self._fail(error)
         except BaseException as error:  # an interrupt: peers must not wait for this rank
@@ -207,7 +211,7 @@ class Driver:
             try:
                 moved = self._step()
                 if not moved:
-                    self._transport.idle(time.monotonic() + 1.0)
+                    self._transport.idle(time.monotonic() + TICK)
             except AbcclError as error:
                 self._fail(error)
             except BaseException as error:

@@ -23,7 +23,7 @@ from ..algorithms import Collective
 from ..algorithms.plan import Instruction, Plan
 from ..errors import AbcclError, Aborted, DeadlineExceeded
 from . import _native
-from .contract import YIELDING, Execution, NativeCall, Operation, Prepared, Request, Transport
+from .contract import NAP, YIELDING, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
 from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
@@ -100,7 +100,7 @@ class JointTransport(Transport):
         """Give the processor away: yield at first, then sleep until the host's ranks or the network ring."""
         if not self._rings:
             self.network.stirred = self.stirred
-            self.network.idle(deadline)
+            self.network.idle(min(deadline, time.monotonic() + NAP))  # the host's ranks ring for nobody here
         elif time.monotonic() - self.stirred < YIELDING:
             os.sched_yield()
         else:
