@@ -126,6 +126,9 @@ class MPITransport(Transport):
         highest = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
         if highest < _TOLD:
             raise TransportError(f"wanted tags up to {_TOLD}, and this MPI has them up to {highest}: take another MPI")
+        # Open MPI 5.0 makes a communicator of a group by messages with the user's tag on the old one, which Improbe would
+        # take: so on one where nobody receives.
+        self._quiet = _within(timeout, comm.Dup, f"rank {self.rank} of {self.size} made its transport")
         self._status, self._anyone, self._anything = mpi.Status(), mpi.ANY_SOURCE, mpi.ANY_TAG
         self._receives: dict[tuple[int, int], deque[_Post]] = {}
         self._early: dict[tuple[int, int], deque[tuple[Any, int]]] = {}
@@ -205,9 +208,9 @@ class MPITransport(Transport):
         self._check_state()
         if self.rank not in members or len(set(members)) < len(members):
             raise ArgumentError(f"wanted different ranks, with rank {self.rank} among them, which calls: {members}")
-        group, tag = self.comm.Get_group().Incl(members), zlib.crc32(name.encode()) % _TOLD
+        group, tag = self._quiet.Get_group().Incl(members), zlib.crc32(name.encode()) % _TOLD
         call = f"rank {self.rank} called split({list(members)}, {name!r})"
-        comm = _within(self.timeout, lambda: self.comm.Create_group(group, tag), call)
+        comm = _within(self.timeout, lambda: self._quiet.Create_group(group, tag), call)
         group.Free()
         part = MPITransport.__new__(MPITransport)
         part._begin(self.mpi, comm, self.timeout)
@@ -319,6 +322,7 @@ class MPITransport(Transport):
             if self._moving or self._telling or len(self._gone) < self.size - 1:
                 return False
             self.comm.Free()
+            self._quiet.Free()
         except self.mpi.Exception:
             return False
         return True
