@@ -52,14 +52,19 @@ _RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
     Collective.BARRIER: ((_ANY, _ANY, "recursive_doubling"),),
 }
 
-# The same for ranks on several hosts.
+# The same for ranks on several hosts, by the number of hosts. What crosses between them is what costs, so all goes
+# through the hosts; a short vector through one rank of each, so that it crosses in one step.
 _HOSTS_RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
     **_RULES,
-    Collective.ALL_REDUCE: ((_ANY, _ANY, "hierarchical"),),
+    Collective.ALL_REDUCE: (
+        (2, 512 << 10, "hierarchical_leaders"),
+        (_ANY, 128 << 10, "hierarchical_leaders"),
+        (_ANY, _ANY, "hierarchical"),
+    ),
     Collective.REDUCE_SCATTER: ((_ANY, _ANY, "hierarchical"),),
     Collective.ALL_GATHER: ((_ANY, _ANY, "hierarchical"),),
     Collective.BROADCAST: ((_ANY, _ANY, "hierarchical"),),
-    Collective.ALL_TO_ALL: ((_ANY, _ANY, "hierarchical"),),
+    Collective.ALL_TO_ALL: ((_ANY, 256 << 10, "hierarchical"), (_ANY, _ANY, "pairwise")),
     Collective.REDUCE: ((_ANY, _ANY, "hierarchical"),),
     Collective.BARRIER: ((_ANY, _ANY, "hierarchical"),),
 }
@@ -128,9 +133,12 @@ def choose(
                 f"{collective.value}: {chosen.name} wants {wants}, and there are {size}: choose another algorithm"
             )
         return chosen
-    usual = _HOSTS_RULES if len(hosts) > 1 else _RULES
-    rows = (reproducible and _REPRODUCIBLE_RULES.get(collective)) or usual[collective]
-    return _of(collective, next(name for ranks, most, name in rows if size <= ranks and nbytes <= most), hosts)
+    rows, parts = _RULES[collective], size
+    if reproducible and collective in _REPRODUCIBLE_RULES:
+        rows = _REPRODUCIBLE_RULES[collective]
+    elif len(hosts) > 1:
+        rows, parts = _HOSTS_RULES[collective], len(hosts)
+    return _of(collective, next(name for up_to, most, name in rows if parts <= up_to and nbytes <= most), hosts)
 
 
 def _of(collective: Collective, name: str | Algorithm, hosts: Sequence[Sequence[int]]) -> Algorithm:

@@ -17,7 +17,6 @@ from ..transports import Execution, Transport
 from .mailbox import Mailbox, Message
 from .work import Times, Work
 
-
 TICK = 0.02
 """Seconds between looks at deadlines."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ArgumentError
 from ..transports import Transport
-from ..transports.joint import JOINT, JointTransport, joint_order
+from ..transports.joint import JOINT, JointTransport, joint_order, joint_slot_bytes
 from ..transports.shm import ShmTransport
 from ..transports.topology import Exchange, Topology, find_topology
 from .bootstrap import Bootstrap
@@ -50,10 +50,12 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     if not by_network and (wanted == "shm" or len(topology.hosts) == 1):
         return ShmTransport(rank, size, bootstrap.exchange), topology
     members = (rank,) if by_network else topology.host_of(rank).ranks
+    largest_host = 1 if by_network else max(map(len, topology.groups))
     network = bootstrap.network(wanted)
     exchange = _among(members, bootstrap.exchange)
     names = joint_order(members, size)
-    local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named)
+    slot = joint_slot_bytes(largest_host, network)
+    local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named, slot=slot)
     return JointTransport(local, members, network, network.name if by_network else JOINT), topology
 
 

@@ -126,8 +126,8 @@ class MPITransport(Transport):
         highest = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
         if highest < _TOLD:
             raise TransportError(f"wanted tags up to {_TOLD}, and this MPI has them up to {highest}: take another MPI")
-        # Open MPI 5.0 makes a communicator of a group by messages with the user's tag on the old one, which Improbe would
-        # take: so on one where nobody receives.
+        # Open MPI 5.0 makes a communicator of a group by messages with the user's tag on the old one, which Improbe
+        # would take: so on one where nobody receives.
         self._quiet = _within(timeout, comm.Dup, f"rank {self.rank} of {self.size} made its transport")
         self._status, self._anyone, self._anything = mpi.Status(), mpi.ANY_SOURCE, mpi.ANY_TAG
         self._receives: dict[tuple[int, int], deque[_Post]] = {}

@@ -48,11 +48,11 @@ _KINDS: dict[type[Exception], int] = {DeadlineExceeded: 4, PeerLost: 5, Mismatch
 """The native core's numbers of the errors that travel through an abort."""
 
 
-def slot_bytes(size: int) -> int:
-    """The slots shrink as ranks are added: a power of two from 8 to 128 KiB."""
-    slot = 128 << 10
+def slot_bytes(size: int, most: int = 128 << 10, arena: int = ARENA_BYTES) -> int:
+    """The slots shrink as ranks are added: a power of two from 8 KiB up to `most`."""
+    slot = most
     # A channel for messages beside the lanes, to each peer; and slots for several readers, once for each lane.
-    while slot > 8 << 10 and slot * SLOTS * ((LANES + 1) * (size - 1) + LANES) > ARENA_BYTES:
+    while slot > 8 << 10 and slot * SLOTS * ((LANES + 1) * (size - 1) + LANES) > arena:
         slot //= 2
     return slot
 
@@ -64,6 +64,7 @@ class ShmTransport(Transport):
         exchange: an all-gather of small blobs among the ranks; called the same number of times on each.
         names: what messages to people call these ranks, where they are some of others; then what they call the others.
         named: whether to find each other's memory by name; None tries without, then with.
+        slot: bytes of a slot, by default `slot_bytes(size)`.
 
     Raises:
         TransportError: on all ranks, if any can not attach to another's memory; the message names them.
@@ -78,11 +79,12 @@ class ShmTransport(Transport):
         exchange: Exchange,
         names: Sequence[int] | None = None,
         named: bool | None = None,
+        slot: int | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.names = list(names or range(size))
         self.lanes = LANES
-        self.slot_bytes = slot_bytes(size)
+        self.slot_bytes = slot or slot_bytes(size)
         self.geometry = _native.Geometry(size, LANES, SLOTS, self.slot_bytes)
         self._timeout = 365 * 86400.0  # of the verbs, whose callers have deadlines of their own
         refusals: list[str] = []
