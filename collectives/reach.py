@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TransportError
 from ..transports import Transport
 from ..transports.joint import JOINT, JointTransport, joint_order, joint_slot_bytes
 from ..transports.shm import ShmTransport
@@ -42,9 +42,10 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     the network that the ranks were started with.
 
     Raises:
-        TransportError: the ranks can not reach each other so.
+        TransportError: the ranks can not reach each other so, or ask for different transports.
     """
     rank, size = bootstrap.rank, bootstrap.size
+    _check_agreed(bootstrap.exchange((wanted or "").encode()))
     topology = find_topology(rank, size, bootstrap.exchange)
     by_network = wanted in ("mpi", "gloo")
     if not by_network and (wanted == "shm" or len(topology.hosts) == 1):
@@ -57,6 +58,15 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     slot = joint_slot_bytes(largest_host, network)
     local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named, slot=slot)
     return JointTransport(local, members, network, network.name if by_network else JOINT), topology
+
+
+def _check_agreed(wishes: Sequence[bytes]) -> None:
+    other = next((rank for rank, wish in enumerate(wishes) if wish != wishes[0]), None)
+    if other is not None:
+        said = [f"rank {rank} asks for {wishes[rank].decode() or 'the best'}" for rank in (0, other)]
+        raise TransportError(
+            f"{' and '.join(said)}: all ranks must name the same transport, in abccl.init or by {ENVIRONMENT}"
+        )
 
 
 def _among(members: Sequence[int], exchange: Exchange) -> Exchange:
