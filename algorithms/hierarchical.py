@@ -22,13 +22,18 @@ from .parameters import Parameter
 from .registry import Algorithm, Counts, ProgramFunction, Restriction, algorithm, lookup, on_redefinition
 from .schedule import Program, Recv, Send
 
+HOSTS = "hosts"
+"""The levels that a communicator puts its hosts in the place of; without it they are SQUARE."""
+
 SQUARE = "square"
 """The levels that serve any number of ranks: groups of about its square root."""
+
+_ANY = (HOSTS, SQUARE)
 
 
 @lru_cache(maxsize=64)
 def _compose(way: Way, size: int, levels: str, inner: str, outer: str, root: int = 0) -> Composition:
-    return Composition(way, grouped(square(size) if levels == SQUARE else levels), inner, outer, root)
+    return Composition(way, grouped(square(size) if levels in _ANY else levels), inner, outer, root)
 
 
 on_redefinition.append(_compose.cache_clear)
@@ -72,11 +77,13 @@ def _composed(way: Way, inner: str, outer: str) -> Callable[[ProgramFunction], P
     restrictions = [
         Restriction(
             "as many ranks as levels={levels} has",
-            lambda size, levels: levels == SQUARE or len(grouped(levels).ranks) == size,
+            lambda size, levels: levels in _ANY or len(grouped(levels).ranks) == size,
+            told="",
         ),
         Restriction(
             "groups on which inner={inner} and outer={outer} run, other than levels={levels}",
             lambda size, levels, inner, outer: composed(size, levels, inner, outer).serves,
+            told="Every group must have as many parts as the algorithm named for it can serve.",
         ),
     ]
     if way.top is Collective.ALL_REDUCE:
@@ -84,6 +91,7 @@ def _composed(way: Way, inner: str, outer: str) -> Callable[[ProgramFunction], P
             Restriction(
                 "another outer than {outer}, whose ranks would not all fold in the same order with levels={levels}",
                 lambda size, levels, inner, outer: composed(size, levels, inner, outer).folds_alike,
+                told="Where groups are shuffled, an `outer` whose result depends on their order is refused.",
             )
         )
     return algorithm(
@@ -95,7 +103,7 @@ def _composed(way: Way, inner: str, outer: str) -> Callable[[ProgramFunction], P
         restrictions=restrictions,
         counts=lambda size, levels, inner, outer: _counts(composed(size, levels, inner, outer)),
         parameters={
-            "levels": Parameter(SQUARE, "groups", lambda text: text == SQUARE or bool(grouped(text))),
+            "levels": Parameter(HOSTS, "groups of ranks", lambda text: text in _ANY or bool(grouped(text))),
             "inner": inner,
             "outer": outer,
         },

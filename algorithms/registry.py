@@ -42,10 +42,14 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Restriction:
-    """What an algorithm asks of the number of ranks; `holds` may take the algorithm's parameters by name, too."""
+    """What an algorithm asks of the number of ranks; `holds` may take the algorithm's parameters by name, too.
+
+    `wants` is what a refusal says, `told` what documents say where that reads otherwise.
+    """
 
     wants: str
     holds: Callable[..., bool]
+    told: str | None = None
 
 
 power_of_two = Restriction("a power of two ranks", lambda size: size & (size - 1) == 0)
@@ -171,7 +175,7 @@ def _bound(declaration: _Declaration, values: tuple[Value, ...]) -> Algorithm:
 
     def restricted(restriction: Restriction) -> Restriction:
         wants = restriction.wants.format(**bound) if bound else restriction.wants
-        return Restriction(wants, declared(f"restriction to {wants}", restriction.holds, bool))
+        return Restriction(wants, declared(f"restriction to {wants}", restriction.holds, bool), restriction.told)
 
     return Algorithm(
         name,

@@ -146,7 +146,7 @@ def bench(
     The columns are those of nccl-tests. algbw is the size by the time, in GB/s (1e9). busbw is algbw times the share of
     the size that each of p ranks must send: 2 (p - 1) / p for all_reduce, 1 for broadcast and reduce, (p - 1) / p for
     the others. A peer takes turns with abccl in short slices; the ratio is its time by abccl's. Against gloo both are
-    called through torch.distributed, against mpi both on numpy arrays. With --through direct abccl's own calls are
+    called through torch.distributed, against mpi both on arrays of --array. With --through direct abccl's own calls are
     measured, whatever the peer: then several algorithms can be named, as in auto,ring,knomial(radix=8). all stands for
     each that runs on so many ranks, and for native: the collective of the transport's own engine, MPI's over
     --transport mpi and Gloo's over gloo.

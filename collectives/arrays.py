@@ -66,9 +66,13 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
     return found
 
 
-def bytes_at(address: int, nbytes: int) -> memoryview:
-    """The memory there, which the caller keeps alive."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(bytearray())
+def bytes_at(address: int, nbytes: int, owner: Any) -> memoryview:
+    """The memory there, which lives as long as the view, by its owner."""
+    if not nbytes:
+        return memoryview(bytearray())
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    memory.owner = owner
+    return memoryview(memory).cast("B")
 
 
 def _is_tensor(array: Any) -> bool:

@@ -24,6 +24,8 @@ from .native import prepare_native
 FORWARDING_FREE = ("direct", "pairwise")
 """The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
 
+OWN_SPLITS_SUFFICE = (*FORWARDING_FREE, NATIVE)
+
 _PROVED_UP_TO = 64
 _LIBRARY = Algorithm.__module__.rpartition(".")[0]
 _NOTHING = View("", "uint8", 0, 1, 0)
@@ -207,7 +209,8 @@ class Binder:
             case _:
                 whole = source
         nbytes = whole.count * whole.itemsize if whole else 0
-        return choose(collective, self.size, nbytes, asked, self.reproducible, self.hosts)
+        natives = self._transport.collectives
+        return choose(collective, self.size, nbytes, asked, self.reproducible, self.hosts, natives)
 
     def _native(
         self,
@@ -224,6 +227,10 @@ class Binder:
                 f"{collective.value}: this communicator is reproducible, and {NATIVE} folds in any order: leave it out"
             )
         kernel, scaling, factor = operator
+        if collective is Collective.ALL_TO_ALL and uneven.sent is None and source and target:
+            # The engine's call is another with splits, and other ranks may give them.
+            even = (source.count // self.size,) * self.size
+            uneven = uneven._replace(sent=even, received=even)
         self._sizes(collective, source, target, uneven, 1)  # it also checks them
         call = NativeCall(
             collective,

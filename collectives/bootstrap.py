@@ -66,6 +66,7 @@ class Bootstrap(ABC):
             TransportError: these ranks have no such way to each other.
         """
         if kind == "mpi":
+            _mpi('transport="mpi"')
             raise TransportError("mpi: MPI did not start these ranks and does not know them: start them by mpirun")
         return self._gloo()
 
@@ -152,7 +153,7 @@ class MPIBootstrap(Bootstrap):
         Raises:
             ArgumentError: it is no such, or this process is not in it.
         """
-        mpi = _mpi("comm= says that MPI")
+        mpi = _mpi("init(comm=...)")
         if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
             raise ArgumentError(
                 f"init: comm must be an intra-communicator of mpi4py's that this process is in, and is {comm!r}"
@@ -166,8 +167,12 @@ class MPIBootstrap(Bootstrap):
         counts = lengths.tolist()
         starts = [0, *itertools.accumulate(counts)]
         gathered = bytearray(starts[-1])
-        self._finish(self.comm.Iallgatherv(data, [gathered, counts, starts[:-1], _mpi().BYTE]))
+        self._finish(self.comm.Iallgatherv(data, [gathered, counts, starts[:-1], _mpi("meeting").BYTE]))
         return [bytes(gathered[start : start + count]) for start, count in zip(starts, counts)]
+
+    def close(self) -> None:
+        """Give the duplicate back. Collective."""
+        self.comm.Free()
 
     def network(self, kind: str | None) -> Transport:
         """MPI's messages: see `Bootstrap.network`."""
@@ -285,7 +290,7 @@ def first_host(nodes: str) -> str:
 
 
 def _mpirun(launcher: str, size_variable: str, environment: Mapping[str, str], timeout: float) -> Bootstrap:
-    mpi = _mpi(launcher)
+    mpi = _mpi(f"{launcher} started this process")
     bootstrap = MPIBootstrap(mpi.COMM_WORLD, timeout)
     if size_variable in environment and _integer(size_variable, environment) != bootstrap.size:
         library = mpi.Get_library_version().split(",")[0].strip()
@@ -296,14 +301,18 @@ def _mpirun(launcher: str, size_variable: str, environment: Mapping[str, str], t
     return bootstrap
 
 
-def _mpi(launcher: str = "MPI") -> Any:
+def _mpi(reason: str) -> Any:
+    """mpi4py's module MPI.
+
+    Raises:
+        TransportError: it can not be had; the message says what to install.
+    """
+    from ..transports.mpi import find_mpi
+
     try:
-        return importlib.import_module("mpi4py.MPI")
-    except (ImportError, RuntimeError) as error:
-        raise TransportError(
-            f"{launcher} started this process, and mpi4py, by which its ranks meet, can not be imported "
-            f"({_first_line(error)}): pip install mpi4py, or start by torchrun or abccl.spawn"
-        ) from error
+        return find_mpi()
+    except TransportError as error:
+        raise TransportError(f"{reason}: {error}") from error
 
 
 def _store(host: str, port: int, serves: bool, timeout: float) -> Any:

@@ -7,7 +7,7 @@ whether the communicator is reproducible. Such a one runs only algorithms that r
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..algorithms import Algorithm, Collective, algorithms, canonical, lookup
 from ..algorithms.groups import written
@@ -64,7 +64,8 @@ _HOSTS_RULES: dict[Collective, tuple[tuple[float, float, str], ...]] = {
     Collective.REDUCE_SCATTER: ((_ANY, _ANY, "hierarchical"),),
     Collective.ALL_GATHER: ((_ANY, _ANY, "hierarchical"),),
     Collective.BROADCAST: ((_ANY, _ANY, "hierarchical"),),
-    Collective.ALL_TO_ALL: ((_ANY, 256 << 10, "hierarchical"), (_ANY, _ANY, "pairwise")),
+    # A rank that gives splits knows only its own: all take what forwards nothing, whether they give them or not.
+    Collective.ALL_TO_ALL: ((_ANY, _ANY, "direct"),),
     Collective.REDUCE: ((_ANY, _ANY, "hierarchical"),),
     Collective.BARRIER: ((_ANY, _ANY, "hierarchical"),),
 }
@@ -104,6 +105,7 @@ def choose(
     asked: AlgorithmLike = None,
     reproducible: bool = False,
     hosts: Sequence[Sequence[int]] = (),
+    natives: Collection[Collective] = (),
 ) -> Algorithm | str:
     """The algorithm for a call: what was asked for, else what the environment forces, else the rule's.
 
@@ -111,6 +113,7 @@ def choose(
 
     Args:
         hosts: the ranks by host; what goes through groups of ranks goes through these, unless its name tells others.
+        natives: what the engine has of its own: where it has nothing, the environment's wish for it is passed over.
 
     Returns:
         The algorithm; NATIVE for the engine's own collective.
@@ -120,6 +123,8 @@ def choose(
         ArgumentError: the algorithm asked for does not run on `size` ranks.
     """
     name = _forced(collective) if asked is None else asked
+    if asked is None and name == NATIVE and (reproducible or collective not in natives):
+        name = None
     if name is not None:
         if name == NATIVE:
             return NATIVE

@@ -19,17 +19,17 @@ import numpy as np
 from ..algorithms import Collective, registry
 from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError
 from ..transports import Execution, Transport, _native
-from ..transports.joint import JOINT, JointTransport
+from ..transports.joint import JOINT
 from ..transports.shm import ShmPlan, ShmTransport
 from ..transports.topology import Topology, topology_of
 from .arrays import Array, view
-from .binding import FORWARDING_FREE, Binder, PremulSum, Uneven, check_splits
+from .binding import OWN_SPLITS_SUFFICE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
 from .choice import AlgorithmLike, is_reproducible
 from .driver import Driver
 from .members import Members
-from .memory import RegisteredMemory, empty, heap_bytes
+from .memory import empty, registered_memory
 from .messages import MessageCalls
 from .persistent import Persistent, PersistentCalls, PersistentExecution
 from .reach import reach, wanted_transport
@@ -85,7 +85,7 @@ class Communicator(PersistentCalls, MessageCalls):
         self._generation = _native.fork_generation()
         self._closed = False
         self._binder = Binder(transport, is_reproducible(reproducible), self.topology.groups)
-        self._memory = _registered(transport)
+        self._memory = registered_memory(transport)
         self._interned: dict[Uneven, Uneven] = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
@@ -378,7 +378,7 @@ class Communicator(PersistentCalls, MessageCalls):
         sent = check_splits(x, "x", "in_splits", in_splits, self.size)
         received = check_splits(out, "out", "out_splits", out_splits, self.size)
         matrix = None
-        if algorithm is not None and algorithm not in FORWARDING_FREE:
+        if algorithm is not None and algorithm not in OWN_SPLITS_SUFFICE:
             rows = np.empty((self.size, self.size), dtype=np.int64)
             self.all_gather(rows, np.array(sent, dtype=np.int64))
             matrix = tuple(tuple(row) for row in rows.tolist())
@@ -449,8 +449,13 @@ def init(
         ArgumentError: no such transport; ABCCL_REPRODUCIBLE is neither 0 nor 1; `comm` is no communicator of mpi4py's.
     """
     wanted_transport(transport)  # or an error, before the ranks meet
-    meeting = find() if comm is None else MPIBootstrap.of(comm, MEETING_TIMEOUT)
-    return _connect(meeting, transport, timeout, reproducible)
+    if comm is None:
+        return _connect(find(), transport, timeout, reproducible)
+    meeting = MPIBootstrap.of(comm, MEETING_TIMEOUT)
+    try:
+        return _connect(meeting, transport, timeout, reproducible)
+    finally:
+        meeting.close()
 
 
 def connect(
@@ -468,14 +473,6 @@ def _connect(bootstrap: Bootstrap, transport: str | None, timeout: float, reprod
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
     reached, topology = reach(bootstrap, wanted)
     return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology)
-
-
-def _registered(transport: Transport) -> RegisteredMemory | None:
-    """Memory that the ranks of the own host can map, if they can."""
-    local = transport.local if isinstance(transport, JointTransport) else transport
-    if not isinstance(local, ShmTransport) or not local.registers:
-        return None
-    return RegisteredMemory(local.native, heap_bytes(transport.size))
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

@@ -88,9 +88,9 @@ class Driver:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._mailbox = Mailbox(transport)
-        self._lock = threading.Lock()  # of all below and of the transport
+        # Of all below and of the transport. The collector may close another communicator, or this, at any moment.
+        self._lock = threading.RLock()
         self._runs: deque[_Run] = deque()
-        self._abandoned: list[DrivenWork] = []  # MPI can not be told to let go of their buffers
         self._waiting = 0  # threads that wait for some work, and so drive
         self._nobody_waits = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -161,6 +161,8 @@ class Driver:
                 post(self._mailbox, message)
         except AbcclError as error:
             self._fail(error)
+            if not work.done:  # the mailbox had not got it yet
+                work.finish(error)
         return work
 
     def _step(self) -> bool:
@@ -172,13 +174,15 @@ class Driver:
                     run.execution = run.start()
                     run.work.started = time.monotonic()
                     run.deadline = run.work.started + run.timeout
-                if run.execution.progress():
+                finished = run.execution.progress()
+                if not finished and time.monotonic() > run.deadline:
+                    run.execution.wait(run.deadline)  # it knows what it waits for, and says so
+                    finished = True
+                if finished:
                     self._runs.popleft()
                     run.work.finish(None)
                     self._transport.stirred = time.monotonic()
                     return True
-                if time.monotonic() > run.deadline:
-                    run.execution.wait(run.deadline)  # it knows what it waits for, and says so
             if self._mailbox.idle:
                 return False
             self._transport.progress()
@@ -193,7 +197,7 @@ class Driver:
         runs, self._runs = self._runs, deque()
         for run in runs:
             run.work.finish(error)
-        self._abandoned += [run.work for run in runs]
+        self._transport.abandon([run.work for run in runs])
         self._mailbox.fail(error)
 
     def _need_thread(self) -> None:

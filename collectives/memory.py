@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, TransportError
-from ..transports import _native
+from ..transports import Transport, _native
+from ..transports.joint import JointTransport
+from ..transports.shm import ShmTransport
 
 PAGE = mmap.PAGESIZE
 LEAST_HEAP = 1 << 30
@@ -31,6 +33,14 @@ def heap_bytes(ranks: int) -> int:
     """The address space of one rank's heap: its share of the machine's memory, 1 GiB at least."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(LEAST_HEAP, memory // ranks // PAGE * PAGE)
+
+
+def registered_memory(transport: Transport) -> RegisteredMemory | None:
+    """Memory that the ranks of the own host can map, if they can."""
+    local = transport.local if isinstance(transport, JointTransport) else transport
+    if not isinstance(local, ShmTransport) or not local.registers:
+        return None
+    return RegisteredMemory(local.native, heap_bytes(transport.size))
 
 
 def empty(shape: int | Sequence[int], dtype: Any, allocate: Callable[[int], npt.NDArray[np.uint8]]) -> Any:

@@ -75,7 +75,7 @@ class MessageCalls(ABC):
     ) -> Any:
         work: Any
         if self._native is None:
-            data = bytes_at(address, nbytes)
+            data = bytes_at(address, nbytes, keep)
             if call == "send":
                 work = self._driver.send(peer, tag or 0, data, self.timeout, keep)
             else:

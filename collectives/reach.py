@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..errors import ArgumentError, TransportError
+from ..errors import AbcclError, Aborted, ArgumentError, TransportError
 from ..transports import Transport
 from ..transports.joint import JOINT, JointTransport, joint_order, joint_slot_bytes
 from ..transports.shm import ShmTransport
@@ -56,7 +56,12 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     exchange = _among(members, bootstrap.exchange)
     names = joint_order(members, size)
     slot = joint_slot_bytes(largest_host, network)
-    local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named, slot=slot)
+    try:
+        local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named, slot=slot)
+    except BaseException as error:
+        network.abort(error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}"))
+        network.close()
+        raise
     return JointTransport(local, members, network, network.name if by_network else JOINT), topology
 
 

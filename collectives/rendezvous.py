@@ -36,7 +36,9 @@ def make_store(rank: int, exchange: Callable[[bytes], list[bytes]]) -> Any:
     try:
         distributed = importlib.import_module("torch.distributed")
     except ImportError as error:
-        raise TransportError("ranks that MPI does not join meet by torch's TCPStore: pip install torch") from error
+        if rank == 0:
+            exchange(json.dumps([0, []]).encode())  # the others must not wait
+        raise TransportError("gloo: it is torch's, and torch can not be imported: pip install torch") from error
     timeout = timedelta(seconds=TIMEOUT)
     if rank == 0:
         store = distributed.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
+import abccl
 from abccl.errors import ArgumentError, Mismatch
 from abccl.transports import USER_TAGS, Transport, conformance, mpi
 from abccl.transports.conformance import Group, run_ranks
@@ -148,6 +151,84 @@ def check_given_communicators(world: World) -> None:
     comm.Free()
 
 
+def check_communicators(world: World) -> None:
+    """`abccl.init` of all ranks by MPI alone, and of a part of them in another order: every collective, and a split."""
+    part = world.comm.Split(world.comm.rank % 2, -world.comm.rank)
+    for options in ({"transport": "mpi"}, {"comm": part}, {"comm": part, "transport": "mpi"}):
+        with abccl.init(**options, timeout=PATIENCE) as comm:
+            ours = part if "comm" in options else world.comm
+            assert (comm.rank, comm.size) == (ours.Get_rank(), ours.Get_size()), f"{options}: {comm!r}"
+            assert comm._transport.name == options.get("transport", "shm")
+            use(comm)
+            pair = comm.split(comm.rank // 2)
+            assert pair is not None
+            with pair:
+                use(pair)
+    part.Free()
+
+
+def check_native_in_place_on_some_ranks(world: World) -> None:
+    """Who gives another array for the result, and who does not, is each rank's own business."""
+    with abccl.init("mpi", timeout=PATIENCE) as comm:
+        for count in (1, 100_000):
+            x, out = np.full(count, 1.0 + comm.rank, "float32"), np.empty(count, "float32")
+            comm.all_reduce(x, out=None if comm.rank == 0 else out, algorithm="native")
+            assert ((x if comm.rank == 0 else out) == sum(range(1, comm.size + 1))).all()
+            whole = np.full(count * comm.size, float(comm.rank))
+            own = whole[comm.rank * count : (comm.rank + 1) * count]
+            comm.all_gather(whole, own if comm.rank % 2 else own.copy(), algorithm="native")
+            assert (whole.reshape(comm.size, count) == np.arange(comm.size)[:, None]).all()
+
+
+def check_a_send_outlives_its_communicator(world: World) -> None:
+    """What was on its way when the sender closed comes as it was sent, or not at all."""
+    comm = abccl.init("mpi", timeout=PATIENCE)
+    x = np.full(2_000_000, 7.0)
+    comm.barrier()
+    if comm.rank == 0:
+        comm.send(x, 1, async_op=True)
+        comm.close()
+        del x
+        others = [np.full(2_000_000, 99.0) for _ in range(3)]
+        assert others
+    elif comm.rank == 1:
+        with contextlib.suppress(abccl.PeerLost):
+            comm.recv(x, 0)
+        assert (x == 7).all()
+    world.exchange(b"")
+    comm.close()
+
+
+def use(comm: abccl.Communicator) -> None:
+    """All collectives, once."""
+    rank, size = comm.rank, comm.size
+    ranks = np.arange(size)
+    x, one, every = np.full(1001, rank), np.array([rank]), np.empty(size, int)
+    comm.all_reduce(x)
+    assert (x == ranks.sum()).all()
+    comm.reduce(x, "max", size - 1)
+    comm.broadcast(x, size - 1)
+    assert (x == ranks.sum()).all()
+    comm.all_gather(every, one)
+    assert (every == ranks).all()
+    comm.reduce_scatter(one, every)
+    assert one[0] == rank * size
+    out = np.empty_like(every)
+    comm.all_to_all(out, np.full(size, rank))
+    assert (out == ranks).all()
+    comm.gather(every if rank == 0 else None, one)
+    comm.scatter(one, every if rank == 0 else None)
+    assert one[0] == rank * size
+    native = {} if comm._transport.name == "shm" else {"algorithm": "native"}
+    comm.all_reduce(one, **native)
+    assert one[0] == ranks.sum() * size
+    work = comm.send(one, (rank + 1) % size, async_op=True) if size > 1 else None
+    if work is not None:
+        assert comm.recv(one) == (rank - 1) % size
+        work.wait()
+    comm.barrier()
+
+
 def check_nothing_is_kept(world: World) -> None:
     """Closed transports give their communicators back, also after an abort with unread messages."""
     for _ in range(20):
@@ -172,7 +253,15 @@ def leave_unread(transport: Transport) -> None:
         transport.abort(Mismatch("enough"))
 
 
-CHECKS = (check_long_messages, check_splits, check_given_communicators, check_nothing_is_kept)
+CHECKS = (
+    check_long_messages,
+    check_splits,
+    check_given_communicators,
+    check_communicators,
+    check_native_in_place_on_some_ranks,
+    check_a_send_outlives_its_communicator,
+    check_nothing_is_kept,
+)
 
 
 def checks() -> None:

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from abccl import Aborted, ClosedError, Communicator, DeadlineExceeded, Mismatch
+from abccl.algorithms import Collective, lookup
+from abccl.collectives.driver import Driver
 from abccl.collectives.mailbox import ENVELOPE_BYTES
-from abccl.transports.inproc import inproc
+from abccl.transports import Request
+from abccl.transports.inproc import InprocGroup, InprocTransport, inproc
 from abccl.transports.joint import joint_threads
+from abccl.transports.topology import topology_of
+from abccl.transports.trial import Case, Trial
 
 KINDS: dict[str, Callable[[int], Any]] = {
     "inproc": inproc,
@@ -222,3 +227,90 @@ def test_an_abort_wakes_whoever_waits(kind: str) -> None:
         work.wait(60)
     for communicator in (first, second):
         communicator.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_after_an_abort_raise_at_once(kind: str) -> None:
+    first, second = made(kind, 2)
+    second.abort("enough")
+    for call in (lambda: first.send(np.zeros(3), 1), lambda: first.recv(np.zeros(3), 1), first.barrier):
+        with pytest.raises(Aborted, match="enough"):
+            call()
+    for communicator in (first, second):
+        communicator.close()
+
+
+def test_a_run_that_ends_at_its_deadline_ends_once() -> None:
+    class AtTheLastMoment:
+        ends = 0
+
+        def progress(self) -> bool:
+            return False
+
+        def wait(self, deadline: float) -> None:
+            self.ends += 1
+
+        def abort(self, reason: str) -> None:
+            raise AssertionError(reason)
+
+    execution = AtTheLastMoment()
+    (transport,) = inproc(1)
+    Driver(transport).run(lambda: execution, -1.0, None)
+    assert execution.ends == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_on_some_ranks_only(kind: str) -> None:
+    def body(c: Communicator) -> None:
+        x, out = np.arange(8) + 10 * c.rank, np.empty(8, int)
+        c.all_to_all(out, x, *([[2] * 4] * 2 if c.rank == 0 else []))
+        assert out.tolist() == [10 * source + 2 * c.rank + i for source in range(4) for i in range(2)]
+
+    hosts = topology_of([[0, 2], [1, 3]]) if kind == "joint" else None
+    succeed(run([Communicator(transport, topology=hosts) for transport in KINDS[kind](4)], body))
+
+
+def test_lanes_do_not_wait_for_each_others_messages() -> None:
+    """Of two segments one has its messages withheld; the other is done."""
+
+    class Withholding(InprocTransport):
+        """Keeps what lane 0 sends, until it is told."""
+
+        def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
+            if tag == 0 and not told.is_set():
+                held.append((self, peer, data, later := Later(data.nbytes)))
+                return later
+            return super().post_send(peer, tag, data)
+
+    class Later:
+        standing = done = False
+
+        def __init__(self, length: int) -> None:
+            self.wanted = self.length = length
+            self.source = -1
+
+    held: list[Any] = []
+    told = threading.Event()
+    group = InprocGroup(2)
+    ranks = joint_threads([[0], [1]], [Withholding(group, rank) for rank in range(2)])
+    case = Case(lookup(Collective.ALL_REDUCE, "recursive_doubling"), 2, 2048, segment=1024, lanes=2)
+    trials = [Trial(transport, case) for transport in ranks]
+    executions = [trial.start() for trial in trials]
+    for _ in range(50):
+        finished = [execution.progress() for execution in executions]
+        assert not any(finished)
+    wanted = case.wanted(0)
+    assert wanted is not None and len(held) == 2
+    for trial in trials:
+        assert trial.output is not None
+        assert np.array_equal(trial.output[1024:2048], wanted[1024:]), "lane 1 has waited for lane 0"
+        assert not np.array_equal(trial.output[:1024], wanted[:1024])
+    told.set()
+    for transport, peer, data, later in held:
+        InprocTransport.post_send(transport, peer, 0, data)
+        later.done = True
+    for _ in range(50):
+        finished = [execution.progress() for execution in executions]
+    assert all(finished)
+    for trial in trials:
+        trial.verify()

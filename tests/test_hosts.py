@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -120,11 +121,30 @@ def job(commands: list[Command], package: Path) -> Iterator[Job]:
         yield Job(processes, _shown(lines))
 
 
+class DaemonFailed(Exception):
+    """Open MPI's launcher has not got to a host: of its daemons one in some fifty ends at its start."""
+
+
 def _shown(lines: Any) -> Iterator[str]:
     """The lines, shown by pytest if the test fails."""
     for line in lines:
         print(line, end="")
+        if line.startswith("A daemon failed to report back"):
+            raise DaemonFailed(line)
         yield line.rstrip("\n")
+
+
+def again_if_a_daemon_fails(test: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a test: it begins anew where the launcher, not the program, has failed."""
+
+    @functools.wraps(test)
+    def tried(*args: Any, **keywords: Any) -> None:
+        for _ in range(3):
+            with contextlib.suppress(DaemonFailed):
+                return test(*args, **keywords)
+        raise AssertionError("Open MPI's daemons have failed three times: look at the output above")
+
+    return tried
 
 
 def ranks_that_say(word: str, lines: list[str]) -> list[int]:
@@ -146,6 +166,7 @@ LAUNCHES = [
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
+@again_if_a_daemon_fails
 def test_everything_is_right(launch: Launch, there: list[hosts.Host], layout: list[int], package: Path) -> None:
     """Every collective, algorithm, form, message and split."""
     ranks = itertools.count()
@@ -160,10 +181,12 @@ def test_torch(there: list[hosts.Host], layout: list[int], package: Path) -> Non
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
+@again_if_a_daemon_fails
 def test_a_cut_cable(launch: Launch, there: list[hosts.Host], layout: list[int], package: Path, tmp_path: Path) -> None:
-    """Every rank gets an error within its deadline, and the processes end while the cable is still cut."""
+    """Every rank gets an error by its deadline, and the processes end while the cable is still cut (Open MPI's launcher
+    alone waits for its daemon behind it)."""
     everyone, seconds, folder = list(range(sum(layout))), 5, tmp_path / "errors"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with job(launch(there, layout, [PROGRAM, "loop", seconds, folder]), package) as started:
         seen: list[str] = []
         while ranks_that_say("looping", seen) != everyone:
@@ -181,4 +204,4 @@ def test_a_cut_cable(launch: Launch, there: list[hosts.Host], layout: list[int],
     for rank in everyone:
         error = (folder / str(rank)).read_text()
         found = re.match(r"([\d.]+) s (DeadlineExceeded|PeerLost|Aborted)", error)
-        assert found and float(found[1]) < seconds + 10, error
+        assert found and float(found[1]) < seconds + 60, error  # not the five minutes of other deadlines

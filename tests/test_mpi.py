@@ -100,9 +100,9 @@ def test_checks(check: str, run: Any) -> None:
         ("raises", ["rank 1 has a fault", "PeerLost: mpi: rank ", "waits for rank 1, which has closed or ended"]),
         (
             "stuck",
-            ["DeadlineExceeded: mpi: rank ", "waited in vain for 1 of 1", "have not ended within 0.3 s: MPI_Abort"],
+            ["DeadlineExceeded: mpi: rank ", "waited in vain for 1 of 1"],
         ),
-        ("absent", ["DeadlineExceeded: mpi: rank ", "made its transport and waited 0.1 s", "within 0.3 s: MPI_Abort"]),
+        ("absent", ["DeadlineExceeded: mpi: rank ", "made its transport and waited 0.1 s"]),
         ("killed", []),
     ],
 )
@@ -160,3 +160,16 @@ def test_types_and_operators() -> None:
     for op, dtype in (("avg", "float32"), ("avg", "bool"), ("lor", "int32")):
         with pytest.raises(ArgumentError, match=f"MPI has no operator {op}"):
             mpi_operator(mpi, op, dtype)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("what", ["all_reduce", "p2p"])
+def test_the_benchmark_beside_the_library(what: str, library: str, run: Any, package: str) -> None:
+    mpirun = run.args[1]
+    python = Path(mpirun).with_name("python")
+    few = ["--vs", "mpi", "--max", "16", "--iterations", "5", "--format", "json"]
+    command = [mpirun, "-n", "2", str(python), "-m", "abccl.bench", what, *few]
+    environment = os.environ | {"PYTHONPATH": package}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"]

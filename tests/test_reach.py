@@ -11,6 +11,7 @@ import pytest
 
 import abccl
 from abccl import ArgumentError, TransportError
+from abccl.transports import _native, topology
 from abccl.transports.topology import HOST, topology_of
 
 
@@ -76,7 +77,12 @@ def test_different_wishes_are_an_error_on_every_rank(here: ModuleType) -> None:
             "transport='nonsense': no transport is called so: there are shm",
         ),
         (lambda: abccl.init("mpi"), TransportError, "mpi: MPI did not start these ranks"),
-        (lambda: abccl.init(comm=5), ArgumentError, "comm must be an intra-communicator of mpi4py's"),
+        pytest.param(
+            lambda: abccl.init(comm=5),
+            ArgumentError,
+            "comm must be an intra-communicator of mpi4py's",
+            marks=pytest.mark.mpi,
+        ),
     ],
 )
 def test_what_can_not_be_is_said(call: Any, kind: type[Exception], text: str) -> None:
@@ -96,3 +102,43 @@ def test_the_environment_names_a_transport(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_topology_is_printed() -> None:
     text = str(topology_of([[0, 1, 2, 5], [3, 4]]))
     assert text.splitlines() == ["6 ranks on 2 hosts", "  host 0: ranks 0-2, 5", "  host 1: ranks 3-4"]
+
+
+def test_ranks_are_grouped_by_what_their_cores_share() -> None:
+    assert topology._cores("0-3,8") == {0, 1, 2, 3, 8}
+    assert topology._only({1, 2}, [{0}, {1, 2, 3}]) == "1"
+    assert topology._only({0, 1}, [{0}, {1, 2, 3}]) == ""
+    cards = [{"name": name, "place": ["0", cache]} for name, cache in (("a", "0"), ("a", "4"), ("b", "0"), ("a", "0"))]
+    hosts = topology._hosts([[0, 1, 3], [2]], cards)
+    assert [host.domains for host in hosts] == [((0, 3), (1,)), ((2,),)]
+    text = str(topology.Topology(tuple(hosts)))
+    assert "a: ranks 0-1, 3; of one cache or NUMA node: ranks 0, 3 | rank 1" in text
+
+
+def test_hosts_of_one_name_are_told_apart() -> None:
+    cards = [{"name": "same", "place": ["", ""]}] * 3
+    assert [host.name for host in topology._hosts([[0], [1, 2]], cards)] == ["same (1)", "same (2)"]
+
+
+def test_memory_without_names_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nameless:
+        """Like the core's, where no memory can be given a name."""
+
+        create = staticmethod(_native.Region.create)
+        attach = staticmethod(_native.Region.attach)
+
+        @staticmethod
+        def create_named(size: int, name: str) -> Any:
+            raise TransportError("shm_open: read-only file system")
+
+    monkeypatch.setattr(topology._native, "Region", Nameless)
+    found = topology.find_topology(0, 1, lambda blob: [blob])
+    assert found.groups == ((0,),) and not found.named
+
+
+def test_a_wish_for_native_is_passed_over_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABCCL_ALGORITHM", "native")
+    with abccl.init("shm") as comm:
+        comm.barrier()
+        with pytest.raises(TransportError, match="shm has no collectives of its own"):
+            comm.barrier(algorithm="native")

@@ -35,6 +35,16 @@ Written by `abccl algorithms --write docs/algorithms.md` from what is registered
 `algorithm="ring"` picks one for a call, `ABCCL_ALGORITHM=all_reduce=ring` for a process. Parameters follow the name:
 `knomial(radix=8)`, or `knomial(8)`. `abccl show` and `abccl draw` tell more of each, for any number of ranks.
 
+`hierarchical` runs other algorithms within and between groups of ranks, its parameter `levels`: `3+2` is a group of
+three and one of two, `4x2` four groups of two, `2x2x2` three levels (two nodes of two boards of two GPUs, as ZeRO++ has
+them), `(2+2)+(2+1)` the same with a rank missing. Ranks follow each other, or are dealt out in turn as in `3+2:cyclic`,
+or are listed as in `3+2:0.2.4.1.3`. `inner` names the algorithm below the top, or one for each level from the top down
+as in `ring/direct`; `outer` that at the top. Without levels a communicator takes its hosts; drawings and proofs, and a
+communicator on one host, take groups of about the square root of the number of ranks.
+
+Beside these, `native` is the collective that MPI or Gloo has of its own. It has no schedule, and is there where one of
+them carries messages: on several hosts, or by `abccl.init("mpi")` and `abccl.init("gloo")`.
+
 *Steps* is the longest chain of dependent messages. *Sent* and *folded* are the largest of any rank, as parts of the
 whole vector (of the concatenation where parts are gathered or scattered, of one rank's send buffer for all_to_all).
 `abccl verify` holds these numbers against the schedules. A dash says that the algorithm does not run on so many ranks.
@@ -124,7 +134,8 @@ def _section(a: Algorithm, folder: str) -> Iterator[str]:
         wants = f", {parameter.wants}" if parameter.wants else ""
         yield f"Parameter `{name}`{wants}; {parameter.default} if it is not given."
     for restriction in a.restrictions:
-        yield f"Wants {restriction.wants}."
+        if told := f"Wants {restriction.wants}." if restriction.told is None else restriction.told:
+            yield _wrapped(told)
     costs = [_costs(a, size) for size in SIZES]
     rows = [[what, *cells] for what, cells in zip(("steps", "sent", "folded"), zip(*costs))]
     shown = rows[: 3 if a.collective.reduces else 1 if a.collective is Collective.BARRIER else 2]

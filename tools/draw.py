@@ -76,7 +76,7 @@ def picture(run: Replay) -> str:
     longest = max(len(cell.text) for frame in cells for row in frame for cell in row)
     crowd = Counter((t.destination, run.ends[t.destination][t.destination_step]) for t in run.transfers)
     layout = Layout(rows(run), max(64, 7.4 * longest + 18), min(140, 52 + 5 * max(crowd.values(), default=0)))
-    width = max(layout.x(run.size) - BETWEEN + MARGIN, 660)
+    width = max(layout.x(run.size) - BETWEEN + MARGIN, 660, 2 * MARGIN + 8 * len(summary(run)))
     height = layout.y(run.steps) + layout.height + FOOT
     parts = [*_axes(run, layout), *_arrows(run, layout), *_boxes(layout, cells), *_legend(MARGIN, height - 20)]
     title = text(MARGIN, 28, summary(run), size=15, anchor="start", weight="bold")

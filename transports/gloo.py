@@ -28,7 +28,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
-from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ from .errand import error_from_words, error_to_words
 from .gloo_collectives import COLLECTIVES, NativePlan
 from .gloo_meeting import device, meet, reason
 from .portable import PortablePlan
+from .running import take_first
 
 SLOT_BYTES = 256 << 10
 
@@ -161,8 +161,8 @@ class GlooTransport(Transport):
         self._aborted = threading.Lock()  # by the first abort, for good
         self.broken = threading.Event()
         self._bell: Callable[[], None] | None = None
-        self._news: SimpleQueue[tuple[_Channel, Any] | None] = SimpleQueue()
-        self._next: tuple[_Channel, Any] | None = None
+        self._news: deque[tuple[_Channel, Any]] = deque()
+        self._woken = threading.Event()  # something new may be there
         self._finished: list[_Post] = []
         self._lost: list[_Channel] = []
         self._channels: dict[int, _Channel] = {}
@@ -207,18 +207,17 @@ class GlooTransport(Transport):
         if into.readonly:
             raise ArgumentError("a receive wants writable memory, and this is read-only")
         channel, post = self._post(peer, into)
-        if unread := channel.unread.get(tag):
-            self._match(channel, post, unread.popleft())
+        if tag in channel.unread:
+            self._match(channel, post, take_first(channel.unread, tag))
         else:
             channel.receives.setdefault(tag, deque()).append(post)
         return post
 
     def progress(self) -> None:
         """See `Transport.progress`."""
-        while self._next is not None or not self._news.empty():
-            item, self._next = self._next or self._news.get(), None
-            if item is not None:
-                self._handle(*item)
+        self._woken.clear()
+        while self._news:
+            self._handle(*self._news.popleft())
         for post in self._finished:
             post.done = True
         self._finished.clear()
@@ -232,11 +231,8 @@ class GlooTransport(Transport):
 
     def idle(self, deadline: float) -> None:
         """Sleep until a message or an abort comes."""
-        if self._finished or self._next is not None:
-            return
-        timeout = max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
-        with contextlib.suppress(Empty):
-            self._next = self._news.get(timeout=timeout)
+        if not self._finished:
+            self._woken.wait(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
 
     def set_bell(self, ring: Callable[[], None]) -> bool:
         """See `Transport.set_bell`."""
@@ -268,8 +264,8 @@ class GlooTransport(Transport):
         self._channels.clear()
         self._lost.clear()
         self._finished.clear()
-        self._news = SimpleQueue()
-        self._next = self.group = None
+        self._news.clear()
+        self.group = None
 
     def split(self, members: Sequence[int], name: str) -> GlooTransport:
         """See `Transport.split`."""
@@ -366,7 +362,9 @@ class GlooTransport(Transport):
             self._tell((channel, error))
 
     def _tell(self, item: tuple[_Channel, Any] | None) -> None:
-        self._news.put(item)
+        if item is not None:
+            self._news.append(item)
+        self._woken.set()
         if self._bell is not None:
             self._bell()
 
@@ -415,8 +413,8 @@ class GlooTransport(Transport):
         kind = _Kind(number)
         if kind in (_Kind.EAGER, _Kind.OFFER):
             data = news.data[_HEAD.size : _HEAD.size + length] if kind is _Kind.EAGER else None
-            if waiting := channel.receives.get(tag):
-                self._match(channel, waiting.popleft(), _Unread(length, offer, data))
+            if tag in channel.receives:
+                self._match(channel, take_first(channel.receives, tag), _Unread(length, offer, data))
             else:
                 unread = _Unread(length, offer, None if data is None else bytes(data))
                 channel.unread.setdefault(tag, deque()).append(unread)

@@ -35,7 +35,7 @@ SLOT_BYTES, ARENA_BYTES = 256 << 10, 64 << 20
 """Of the slots, and of all of a rank's together. A message costs a network more than memory: 256 KiB were 1.2 times as
 fast as 128 over 1 Gbit/s, and 1.8 times as fast as 64."""
 
-SPINNING = 50e-6
+YIELDING = 50e-6
 """Seconds without news after which a wait sleeps until somebody rings. A network that rings has threads of its own,
 which need the cores: with 5 ms, four ranks on two cores took 1.5 times as long for 4 MiB."""
 
@@ -109,15 +109,20 @@ class JointTransport(Transport):
         if not self._rings:
             self.network.stirred = self.stirred
             self.network.idle(min(deadline, time.monotonic() + NAP))  # the host's ranks ring for nobody here
-        elif time.monotonic() - self.stirred < SPINNING:
+        elif time.monotonic() - self.stirred < YIELDING:
             os.sched_yield()
         else:
             nap = _native.Nap(self.local.native)
             nap.sleep(1)  # what came just before it began rang for nobody
             nap.end()
 
+    def abandon(self, kept: object) -> None:
+        """See `Transport.abandon`."""
+        self.network.abandon((kept, self.engine))
+
     def abort(self, error: Exception) -> None:
         """See `Transport.abort`: here and on all other hosts."""
+        self.abandon(None)
         self.local.abort(error)
         self.network.abort(error)
 
@@ -288,16 +293,17 @@ def divide(program: Sequence[Decoded], index: dict[int, int], near: int) -> npt.
     return np.array(code, dtype=np.int32)
 
 
-def joint_threads(hosts: Sequence[Sequence[int]]) -> list[JointTransport]:
+def joint_threads(hosts: Sequence[Sequence[int]], networks: Sequence[Transport] | None = None) -> list[JointTransport]:
     """The transports of a new group of ranks that are threads of this process, and mailboxes in it their network.
 
     For tests and notebooks.
 
     Args:
         hosts: the ranks of each host; only these share memory.
+        networks: other ones than mailboxes, by rank.
     """
     size = sum(map(len, hosts))
-    networks = inproc(size)
+    carriers = networks or inproc(size)
     barriers = {tuple(host): threading.Barrier(len(host)) for host in hosts}
     blobs = [b""] * size
 
@@ -313,9 +319,9 @@ def joint_threads(hosts: Sequence[Sequence[int]]) -> list[JointTransport]:
             return everyone
 
         names = joint_order(members, size)
-        slot = joint_slot_bytes(max(map(len, hosts)), networks[rank])
+        slot = joint_slot_bytes(max(map(len, hosts)), carriers[rank])
         local = ShmTransport(members.index(rank), len(members), exchange, names, slot=slot)
-        return JointTransport(local, members, networks[rank])
+        return JointTransport(local, members, carriers[rank])
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(make, range(size)))

@@ -30,10 +30,11 @@ from typing import Any
 
 from ..algorithms.plan import Plan
 from ..errors import ArgumentError, ClosedError, DeadlineExceeded, PeerLost, TransportError
-from .contract import NativeCall, Operation, Prepared, Request, Transport
+from .contract import SPINNING, NativeCall, Operation, Prepared, Request, Transport
 from .errand import error_from_words, error_to_words
 from .mpi_collectives import COLLECTIVES, NativePlan
 from .portable import PortablePlan
+from .running import take_first
 
 TIMEOUT = 300.0
 """Seconds that a new transport waits for all its ranks."""
@@ -155,9 +156,8 @@ class MPITransport(Transport):
         if into.readonly:
             raise ArgumentError("a receive wants writable memory, and this is read-only")
         post, key = _Post(False, peer, tag, into), (peer, tag)
-        early = self._early.get(key)
-        if early:
-            self._take(post, *early.popleft())
+        if key in self._early:
+            self._take(post, *take_first(self._early, key))
         else:
             self._receives.setdefault(key, deque()).append(post)
         return post
@@ -165,7 +165,7 @@ class MPITransport(Transport):
     def progress(self) -> None:
         """Match and receive what has come, and see which sends were taken."""
         if self._error is not None or self._closed:
-            self._check_state()
+            self.check_state()
         try:
             self._move()
         except self.mpi.Exception as error:
@@ -173,14 +173,14 @@ class MPITransport(Transport):
         if self._gone and self._error is None:
             self._look_for_lost()
         if self._error is not None:
-            self._check_state()
+            self.check_state()
 
     def idle(self, deadline: float) -> None:
         """See `Transport.idle`. What moves may need MPI to be called: then it never sleeps."""
-        if self._moving or self.native_runs:
-            os.sched_yield()
-        else:
+        if not self._moving and not self.native_runs:
             super().idle(deadline)
+        elif time.monotonic() - self.stirred > SPINNING:
+            os.sched_yield()
 
     def abort(self, error: Exception) -> None:
         """Make every rank raise; the first abort wins."""
@@ -199,13 +199,12 @@ class MPITransport(Transport):
         self._tell(b"")
         self._receives.clear()
         _open.discard(self)
-        with _sweeping:
-            _leaving.append(self)
+        _leaving.append(self)
         _sweep()
 
     def split(self, members: Sequence[int], name: str) -> MPITransport:
         """See `Transport.split`."""
-        self._check_state()
+        self.check_state()
         if self.rank not in members or len(set(members)) < len(members):
             raise ArgumentError(f"wanted different ranks, with rank {self.rank} among them, which calls: {members}")
         group, tag = self._quiet.Get_group().Incl(members), zlib.crc32(name.encode()) % _TOLD
@@ -222,7 +221,7 @@ class MPITransport(Transport):
 
     def prepare_native(self, call: NativeCall) -> Prepared:
         """Make a collective of the MPI library ready. That all ranks call the same is for them to see to."""
-        self._check_state()
+        self.check_state()
         return NativePlan(self, call)
 
     def _send(self, peer: int, tag: int, data: memoryview) -> _Post:
@@ -278,9 +277,8 @@ class MPITransport(Transport):
                     raise
 
     def _arrive(self, message: Any, source: int, tag: int, length: int) -> None:
-        posted = self._receives.get((source, tag))
-        if posted:
-            self._take(posted.popleft(), message, length)
+        if (source, tag) in self._receives:
+            self._take(take_first(self._receives, (source, tag)), message, length)
         elif tag == _TOLD or self._closed:
             self._take(_Post(False, source, tag, memoryview(bytearray(length))), message, length)
         else:
@@ -319,7 +317,8 @@ class MPITransport(Transport):
             self._early.clear()
             self._move()
             self._telling = [post for post in self._telling if not post.request.Test()]
-            if self._moving or self._telling or len(self._gone) < self.size - 1:
+            self.unfinished = [(request, kept) for request, kept in self.unfinished if not request.Test()]
+            if self._moving or self._telling or self.unfinished or len(self._gone) < self.size - 1:
                 return False
             self.comm.Free()
             self._quiet.Free()
@@ -344,9 +343,9 @@ class MPITransport(Transport):
         if not 0 <= peer < self.size:
             raise ArgumentError(f"mpi: peer {peer} is out of range: there are ranks 0 to {self.size - 1}")
         if self._error is not None or self._closed:
-            self._check_state()
+            self.check_state()
 
-    def _check_state(self) -> None:
+    def check_state(self) -> None:
         if self._closed:
             raise ClosedError(f"mpi: rank {self.rank} of {self.size} is closed: make a new transport")
         if self._error is not None:
@@ -355,15 +354,22 @@ class MPITransport(Transport):
 
 _open: set[MPITransport] = set()  # which MPI may still write for: kept until they are closed
 _leaving: list[MPITransport] = []
-_sweeping = threading.Lock()  # of _leaving
+_sweeping = threading.Lock()  # of _sweep
 _stuck = threading.Event()
 
 
 def _sweep() -> bool:
     """Give back what closed transports still hold; whether any still do."""
-    with _sweeping:
-        _leaving[:] = [transport for transport in _leaving if not transport._has_left()]
-        return bool(_leaving)
+    # The collector may close a transport, and so come here, in the middle of it: it must not wait then, or lose what is
+    # added.
+    if _sweeping.acquire(blocking=False):
+        try:
+            for transport in list(_leaving):
+                if transport._has_left():
+                    _leaving.remove(transport)
+        finally:
+            _sweeping.release()
+    return bool(_leaving)
 
 
 def _within(timeout: float, call: Callable[[], Any], words: str) -> Any:

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..algorithms import Collective
 from ..errors import ArgumentError, CollectiveError, Mismatch
 from .contract import Execution, NativeCall
@@ -76,23 +78,27 @@ class NativePlan:
 
     def start(self, input: int, output: int) -> Execution:
         """See `Prepared.start`. MPI can not take a call back: keep the buffers of one that failed for good."""
+        self.transport.check_state()
         return NativeRun(self, input, output)
 
     def post(self, input: int, output: int) -> tuple[Any, Any]:
         """MPI's request, and what must be kept until it is done."""
         call, comm, rank = self.call, self.transport.comm, self.transport.rank
         given, result = self._bytes(call.input_count), self._bytes(call.output_count)
+        # All ranks of an all_reduce must be in place or none, or Open MPI 5.0 gives wrong numbers: so none is. At the
+        # root of a reduce it is nobody else's business.
         in_place = kept = None
-        if input == self._own_place(output):
+        if call.collective is Collective.REDUCE and input == output:
             in_place = self.transport.mpi.IN_PLACE
         elif input and (input == output or (input < output + result and output < input + given)):
-            kept = ctypes.create_string_buffer(ctypes.string_at(input, given), max(1, given))
-            input = ctypes.addressof(kept)
+            kept = np.empty(given, np.uint8)
+            ctypes.memmove(kept.ctypes.data, input, given)
+            input = kept.ctypes.data
         x, out = self._buffer(input, call.input_count), self._buffer(output, call.output_count)
         at_root = rank == call.root
         match call.collective:
             case Collective.ALL_REDUCE:
-                return comm.Iallreduce(in_place or x, out, self.op), kept
+                return comm.Iallreduce(x, out, self.op), kept
             case Collective.REDUCE:
                 return comm.Ireduce((at_root and in_place) or x, out if at_root else None, self.op, call.root), kept
             case Collective.REDUCE_SCATTER if call.counts is not None:
@@ -100,9 +106,9 @@ class NativePlan:
             case Collective.REDUCE_SCATTER:
                 return comm.Ireduce_scatter_block(x, out, self.op), kept
             case Collective.ALL_GATHER if call.counts is not None:
-                return comm.Iallgatherv(in_place or x, self._parts(out, call.counts)), kept
+                return comm.Iallgatherv(x, self._parts(out, call.counts)), kept
             case Collective.ALL_GATHER:
-                return comm.Iallgather(in_place or x, out), kept
+                return comm.Iallgather(x, out), kept
             case Collective.ALL_TO_ALL if call.sent is not None and call.received is not None:
                 return comm.Ialltoallv(self._parts(x, call.sent), self._parts(out, call.received)), kept
             case Collective.ALL_TO_ALL:
@@ -117,18 +123,6 @@ class NativePlan:
                 return comm.Iscatter(x if at_root else None, out, call.root), kept
             case Collective.BARRIER:
                 return comm.Ibarrier(), kept
-
-    def _own_place(self, output: int) -> int:
-        """Where the input lies if the call is in place as MPI means it, for those that can be; else -1."""
-        match self.call.collective:
-            case Collective.ALL_REDUCE | Collective.REDUCE:
-                return output
-            case Collective.ALL_GATHER:
-                before = self.transport.rank * self.call.input_count
-                if self.call.counts is not None:
-                    before = sum(self.call.counts[: self.transport.rank])
-                return output + self._bytes(before)
-        return -1
 
     def _bytes(self, count: int) -> int:
         return count * self.itemsize

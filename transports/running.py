@@ -1,12 +1,28 @@
-"""What all executions share that run in the caller's thread: whatever ends one before its time aborts the transport."""
+"""What transports share: executions that run in their caller's thread, and messages that wait under their tags.
+
+Whatever ends such an execution before its time aborts the transport.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
+from typing import TypeVar
 
 from ..errors import AbcclError, Aborted, DeadlineExceeded
 from .contract import Transport
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+def take_first(waiting: dict[Key, deque[Item]], key: Key) -> Item:
+    """The first of those that wait under the key, which goes with the last of them: tags are many."""
+    first = waiting[key].popleft()
+    if not waiting[key]:
+        del waiting[key]
+    return first
 
 
 class Running(ABC):

@@ -83,10 +83,16 @@ def topology_of(hosts: Iterable[Iterable[int]]) -> Topology:
 def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
     """Find out where the ranks are. Collective; two exchanges."""
     with contextlib.ExitStack() as regions:
-        trials = [_Trial(named) for named in (False, True)]
-        for trial in trials:
-            regions.callback(trial.region.unlink_name)
-        card: dict[str, Any] = {"host": host_identity(), "name": socket.gethostname(), "place": _place()}
+        trials = []
+        for named in (False, True):
+            with contextlib.suppress(AbcclError):  # /dev/shm may be read-only, full, or not there
+                trials.append(_Trial(named))
+                regions.callback(trials[-1].region.unlink_name)
+        card: dict[str, Any] = {
+            "host": host_identity(),
+            "name": os.environ.get(HOST) or socket.gethostname(),
+            "place": _place(),
+        }
         card |= {"pid": os.getpid(), "trials": [trial.card for trial in trials]}
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         attached = {peer: how for peer in range(size) if (how := _attaches(card, cards[peer])) is not None}

@@ -405,6 +405,8 @@ void Endpoint::fail(uint32_t kind, const std::string& reason) {
 }
 
 void Endpoint::close() {
+    // Whoever has heard of an abort may leave before its author has told the others.
+    if (control_->abort.load(std::memory_order_acquire) != 0) abort(0, "");
     control_->closed.store(1, std::memory_order_release);
     uint32_t none = 0;
     control_->abort.compare_exchange_strong(none, static_cast<uint32_t>(Kind::closed) << 24 | (rank_ + 1));
