@@ -218,6 +218,7 @@ spawned: Bootstrap | None = None
 
 _inits = itertools.count()
 _stores: dict[tuple[str, int], Any] = {}
+_worlds: dict[str, MPIBootstrap] = {}  # one at most: MPI has some thousand communicators for a process
 
 
 def find(environment: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> Bootstrap:
@@ -291,7 +292,10 @@ def first_host(nodes: str) -> str:
 
 def _mpirun(launcher: str, size_variable: str, environment: Mapping[str, str], timeout: float) -> Bootstrap:
     mpi = _mpi(f"{launcher} started this process")
-    bootstrap = MPIBootstrap(mpi.COMM_WORLD, timeout)
+    if "world" not in _worlds:
+        _worlds["world"] = MPIBootstrap(mpi.COMM_WORLD, timeout)
+    bootstrap = _worlds["world"]
+    bootstrap.timeout = timeout
     if size_variable in environment and _integer(size_variable, environment) != bootstrap.size:
         library = mpi.Get_library_version().split(",")[0].strip()
         raise TransportError(
