@@ -20,7 +20,7 @@ from typing import Any
 from ..algorithms import Collective
 from ..collectives import premul_sum
 from ..errors import AbcclError, ArgumentError
-from ..transports.types import element_type
+from ..transports.mpi_collectives import mpi_operator, mpi_type
 from .buffers import Buffers, import_torch
 from .collectives import Case
 from .measure import Call
@@ -314,20 +314,16 @@ class MPI(Peer):
         )
 
     def _type(self, case: AnyCase) -> Any:
-        """MPI's predefined type; a duplicate, as mpi4py.util.dtlib makes, is refused by MPI's operators."""
-        names = {"float32": "FLOAT", "float64": "DOUBLE", "bool": "C_BOOL"}
-        names |= {"complex64": "C_FLOAT_COMPLEX", "complex128": "C_DOUBLE_COMPLEX"}
-        if element_type(case.dtype).kind in "iu":
-            names[case.dtype] = f"{case.dtype.upper()}_T"
-        if case.dtype not in names:
-            raise ArgumentError(f"MPI has no type {case.dtype}: take another --dtype, or leave out --vs mpi")
-        return getattr(self.mpi, names[case.dtype])
+        try:
+            return mpi_type(self.mpi, case.dtype)
+        except ArgumentError:
+            raise ArgumentError(f"MPI has no type {case.dtype}: take another --dtype, or leave out --vs mpi") from None
 
     def _operator(self, case: Case) -> Any:
-        name = (_LOGICAL if case.dtype == "bool" else {}).get(case.op, case.op.upper())
-        if not hasattr(self.mpi, name):
-            raise ArgumentError(f"MPI has no operator {case.op}: take another --op, or leave out --vs mpi")
-        return getattr(self.mpi, name)
+        try:
+            return mpi_operator(self.mpi, case.op, case.dtype)
+        except ArgumentError:
+            raise ArgumentError(f"MPI has no operator {case.op}: take another --op, or leave out --vs mpi") from None
 
     def about(self) -> dict[str, str]:
         """See `Peer.about`."""
@@ -367,8 +363,6 @@ class _Persistent:
     def __del__(self) -> None:
         self.request.Free()
 
-
-_LOGICAL = {"sum": "LOR", "max": "LOR", "bor": "LOR", "prod": "LAND", "min": "LAND", "band": "LAND", "bxor": "LXOR"}
 
 # Variables that launchers set in every run: no settings of the user's.
 _NOT_SETTINGS = (

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import AbcclError, Aborted, DeadlineExceeded
+from ..errors import AbcclError, Aborted
 from ..transports import Execution, Transport
 from .mailbox import Mailbox, Message
 from .work import Times, Work
@@ -31,15 +31,8 @@ class DrivenWork(Work):
         self.started = self.ended = 0.0
         self.done = False
 
-    def wait(self, timeout: float | None = None) -> None:
-        """See `Work.wait`."""
-        if not self.finishes_within(timeout):
-            raise DeadlineExceeded(
-                f"Work.wait: not finished after {timeout} s; it goes on, wait again or abort the communicator"
-            )
-
     def finishes_within(self, timeout: float | None) -> bool:
-        """Like `wait`, and False instead of DeadlineExceeded."""
+        """See `Work.finishes_within`."""
         if not self.done:
             self._driver.drive(self, timeout)
         if self._error is not None:
@@ -102,7 +95,7 @@ class Driver:
     def submit(self, start: Callable[[], Execution], timeout: float, keep: Any) -> DrivenWork:
         """Queue a collective."""
         work = self._queue(start, timeout, keep)
-        self._need_thread()
+        self.in_background()
         return work
 
     def send(self, peer: int, tag: int, data: memoryview, timeout: float, keep: Any) -> DrivenWork:
@@ -115,7 +108,10 @@ class Driver:
 
     def in_background(self) -> None:
         """Go on with what is under way although nobody waits."""
-        self._need_thread()
+        with self._lock:
+            if self._thread is None and (self._runs or not self._mailbox.idle):
+                self._thread = threading.Thread(target=self._drive_alone, name="abccl driver", daemon=True)
+                self._thread.start()
 
     def drive(self, work: DrivenWork, timeout: float | None) -> None:
         """Drive everything until this work is done, or `timeout` seconds have passed."""
@@ -199,12 +195,6 @@ class Driver:
             run.work.finish(error)
         self._transport.abandon([run.work for run in runs])
         self._mailbox.fail(error)
-
-    def _need_thread(self) -> None:
-        with self._lock:
-            if self._thread is None and (self._runs or not self._mailbox.idle):
-                self._thread = threading.Thread(target=self._drive_alone, name="abccl driver", daemon=True)
-                self._thread.start()
 
     def _drive_alone(self) -> None:
         while True:

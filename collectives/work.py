@@ -15,7 +15,6 @@ from ..transports import _native
 class Work(ABC):
     """An operation under way. Its buffers are kept alive, and must not be touched, until it is finished."""
 
-    @abstractmethod
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the operation is finished.
 
@@ -23,6 +22,14 @@ class Work(ABC):
             DeadlineExceeded: not finished after `timeout` seconds. The operation goes on: wait again, or abort.
             AbcclError: what the operation failed with.
         """
+        if not self.finishes_within(timeout):
+            raise DeadlineExceeded(
+                f"Work.wait: not finished after {timeout} s; it goes on, wait again or abort the communicator"
+            )
+
+    @abstractmethod
+    def finishes_within(self, timeout: float | None) -> bool:
+        """Like `wait`, and False instead of DeadlineExceeded."""
 
     @abstractmethod
     def is_completed(self) -> bool:
@@ -46,15 +53,8 @@ class QueuedWork(Work):
     def __init__(self, future: Future[Times]) -> None:
         self._future = future
 
-    def wait(self, timeout: float | None = None) -> None:
-        """See `Work.wait`."""
-        if not self.finishes_within(timeout):
-            raise DeadlineExceeded(
-                f"Work.wait: not finished after {timeout} s; it goes on, wait again or abort the communicator"
-            )
-
     def finishes_within(self, timeout: float | None) -> bool:
-        """Like `wait`, and False instead of DeadlineExceeded."""
+        """See `Work.finishes_within`."""
         try:
             self._future.result(timeout)
         except NotYet:

@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from ..algorithms import Collective
 from ..algorithms.plan import Instruction, Plan
-from ..errors import AbcclError, Aborted, DeadlineExceeded
 from . import _native
 from .contract import NAP, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
 from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
+from .running import Running
 from .shm import ShmTransport, slot_bytes
 
 JOINT = "joint"
@@ -173,64 +173,45 @@ class _Carried(NamedTuple):
     data: memoryview
 
 
-class JointExecution:
+class JointExecution(Running):
     """One run of a plan: the engine, and the messages that the network carries for it."""
 
     def __init__(self, prepared: JointPlan, input: int, output: int) -> None:
-        self.prepared, self.transport = prepared, prepared.transport
+        self.prepared = prepared
+        self.joint = self.transport = prepared.transport
         self.number = self.transport.runs
         self.transport.runs = (self.number + 1) & 0xFFFFFFFF
-        self.engine = self.transport.engine
+        self.engine = self.joint.engine
         self.carried: list[_Carried] = []
         self.next_tick = time.monotonic() + TICK
         self.engine.start(prepared.native, input, output)
 
-    def progress(self) -> bool:
-        """Do what can be done without waiting; true when the run is finished."""
-        try:
-            return self._advance() == _DONE
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def wait(self, deadline: float) -> None:
-        """Progress until finished or the deadline."""
-        try:
-            while self._advance() != _DONE:
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(
-                        f"{self.engine.blame()}: has that rank called it, is it alive, is its host reached? If it is "
-                        f"only slow, give a longer timeout"
-                    )
-                self.transport.idle(deadline)
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def abort(self, reason: str) -> None:
-        """Abort the transport."""
-        self._fail(Aborted(reason))
-
-    def _advance(self) -> int:
-        """The engine's outcome; what it moved with the network's messages counts."""
-        total, outcome = 0, _MOVED
+    def _advance(self) -> bool:
+        """Let the engine and the network move each other on, as far as they go."""
+        stirred, outcome = False, _MOVED
         while outcome == _MOVED:
             outcome = max(self.engine.progress(), self._carry())
-            total = max(total, outcome)
+            stirred = stirred or bool(outcome)
         now = time.monotonic()
-        if total:
+        if stirred:
             self.transport.stirred = now
         if outcome != _DONE and now > self.next_tick:
             self.next_tick = now + TICK
             self.engine.check()
-        return total
+        return bool(outcome == _DONE)
+
+    def _late(self) -> str:
+        return (
+            f"{self.engine.blame()}: has that rank called it, is it alive, is its host reached? If it is only slow, "
+            f"give a longer timeout"
+        )
 
     def _carry(self) -> int:
         """Hand over what is to be carried, and tell the engine what has been."""
-        network, fresh = self.transport.network, self.engine.take()
+        network, fresh = self.joint.network, self.engine.take()
         for id, sends, peer, lane, segment, row, data in fresh:
             tag, step, blocks = self.engine.about(row)
-            head, rank = self.prepared.heads.make(self.number, tag, segment), self.transport.order[peer]
+            head, rank = self.prepared.heads.make(self.number, tag, segment), self.joint.order[peer]
             if sends:
                 data[:HEAD_BYTES] = head
                 self.carried.append(_Carried(id, network.post_send(rank, lane, data), None, head, data))
@@ -252,12 +233,6 @@ class JointExecution:
         length, head = message.request.length, bytes(message.data[:HEAD_BYTES])
         if length != message.request.wanted or head != message.head:
             raise self.prepared.heads.mismatch(self.number, wanted, head, length)
-
-    def _fail(self, error: BaseException) -> None:
-        rank, size = self.transport.rank, self.transport.size
-        self.transport.abort(
-            error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}")
-        )
 
 
 def divide(program: Sequence[Decoded], index: dict[int, int], near: int) -> npt.NDArray[np.int32]:
