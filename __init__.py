@@ -21,7 +21,16 @@ if TYPE_CHECKING:
         replay,
         send,
     )
-    from abccl.collectives import Communicator, Work, init, premul_sum, spawn
+    from abccl.collectives import (
+        Choice,
+        Communicator,
+        Work,
+        init,
+        premul_sum,
+        register_chooser,
+        spawn,
+        unregister_chooser,
+    )
     from abccl.errors import (
         AbcclError,
         Aborted,
@@ -43,6 +52,7 @@ __all__ = [
     "AbcclError",
     "Aborted",
     "ArgumentError",
+    "Choice",
     "ClosedError",
     "Collective",
     "CollectiveError",
@@ -64,10 +74,12 @@ __all__ = [
     "power_of_two",
     "premul_sum",
     "recv",
+    "register_chooser",
     "relabel",
     "replay",
     "send",
     "spawn",
+    "unregister_chooser",
 ]
 
 

@@ -4,6 +4,7 @@ from . import (
     bine,
     bruck,
     chain,
+    composed,
     direct,
     double_tree,
     doubling,

@@ -70,6 +70,15 @@ def check_counts(run: Replay) -> None:
         raise ScheduleError(f"{name}: the schedule has {_say(measured(run))}; declared are {_say(declared)}")
 
 
+def is_balanced(algorithm: Algorithm, size: int, steps: int) -> bool:
+    """Whether all ranks send and fold as much, and send in each of so many steps, so that they end together."""
+    programs = [algorithm.program(rank, size) for rank in range(size)]
+    sends = all(any(isinstance(m, Send) for m in step) for program in programs for step in program)
+    sent = {sum(len(m.blocks) for step in program for m in step if isinstance(m, Send)) for program in programs}
+    folded = {sum(len(m.blocks) for step in program for m in step if isinstance(m, Recv)) for program in programs}
+    return sends and {len(program) for program in programs} == {steps} and len(sent) == len(folded) == 1
+
+
 def _say(counts: Counts) -> str:
     return f"{count(counts.steps, 'step')}, {counts.sent} sent, {counts.folded} folded"
 

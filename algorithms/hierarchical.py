@@ -17,10 +17,11 @@ from functools import lru_cache
 
 from .collective import Collective
 from .composition import Composition, Way
+from .cost import is_balanced
 from .groups import Levels, grouped, square, written
 from .parameters import Parameter
 from .registry import Algorithm, Counts, ProgramFunction, Restriction, algorithm, lookup, on_redefinition
-from .schedule import Program, Recv, Send
+from .schedule import Program
 
 HOSTS = "hosts"
 """The levels that a communicator puts its hosts in the place of; without it they are SQUARE."""
@@ -50,22 +51,13 @@ def _counts(composition: Composition) -> Counts | None:
         for kind in composition.kinds(group) if ranks > 1 else ():
             part = composition.algorithm(group, kind)
             counts = part.counts(ranks) if part.counts else None
-            if counts is None or (group is not top and not _is_balanced(part, ranks, counts.steps)):
+            if counts is None or (group is not top and not is_balanced(part, ranks, counts.steps)):
                 return None
             share = 1 if kind is Collective.ALL_TO_ALL else Fraction(1, len(group.children[0].ranks))
             steps += counts.steps
             sent += share * counts.sent
             folded += share * counts.folded
     return Counts(steps, sent, folded)
-
-
-def _is_balanced(algorithm: Algorithm, size: int, steps: int) -> bool:
-    """Whether all ranks send and fold as much, and send in each of so many steps, so that they end together."""
-    programs = [algorithm.program(rank, size) for rank in range(size)]
-    sends = all(any(isinstance(m, Send) for m in step) for program in programs for step in program)
-    sent = {sum(len(m.blocks) for step in program for m in step if isinstance(m, Send)) for program in programs}
-    folded = {sum(len(m.blocks) for step in program for m in step if isinstance(m, Recv)) for program in programs}
-    return sends and {len(program) for program in programs} == {steps} and len(sent) == len(folded) == 1
 
 
 def _composed(way: Way, inner: str, outer: str) -> Callable[[ProgramFunction], ProgramFunction]:

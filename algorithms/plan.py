@@ -362,6 +362,8 @@ class Plan:
         segments: how many segments this rank runs.
         lanes: how many segments are under way at a time.
         input_count, output_count: elements of the buffers; an engine refuses a table that reaches beyond.
+        protocol: how long messages travel, for an engine that knows several ways; it may find a better one in time.
+        forced: whether it must keep to the protocol.
     """
 
     skeleton: Skeleton
@@ -372,6 +374,8 @@ class Plan:
     lanes: int
     input_count: int
     output_count: int
+    protocol: str | None = None
+    forced: bool = False
 
     @property
     def scratch_bytes(self) -> int:
@@ -388,6 +392,8 @@ def bind(
     lanes: int = 1,
     segment_bytes: int | None = None,
     counts: tuple[int, int] | None = None,
+    protocol: str | None = None,
+    forced: bool = False,
 ) -> Plan:
     """Give a skeleton its sizes. Cost: linear in the blocks that the rank touches.
 
@@ -395,6 +401,7 @@ def bind(
         slot_bytes: the longest message that the transport takes.
         segment_bytes: the longest message wanted, if that is less.
         counts: elements of the input and the output buffer; what the table needs, if None.
+        protocol, forced: see `Plan`.
 
     Raises:
         ArgumentError: not even one element of each block of the largest message fits a slot.
@@ -416,4 +423,4 @@ def bind(
     if counts is None:
         ends = np.where(table[:, 1:] >= 0, table[:, :1] + table[:, 1:], 0).max(axis=0, initial=0)
         counts = (int(ends[0]), int(ends[1]))
-    return Plan(skeleton, table, itemsize, segment, max(1, -(-longest // segment)), lanes, *counts)
+    return Plan(skeleton, table, itemsize, segment, max(1, -(-longest // segment)), lanes, *counts, protocol, forced)

@@ -12,8 +12,9 @@ import click
 
 from ..algorithms import Collective, to_collective
 from ..algorithms.parameters import split_outside
+from ..algorithms.words import to_bytes
 from ..errors import AbcclError, ArgumentError
-from .collectives import OPERATORS, to_bytes
+from .collectives import OPERATORS
 
 
 def a_size(text: str) -> int:

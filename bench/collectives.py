@@ -8,12 +8,10 @@ bus factor: the share of `size` that a rank must send at least, so that it compa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..algorithms import Collective
-from ..errors import ArgumentError
 from ..transports.types import element_type
 
 OPERATORS = ("sum", "prod", "min", "max", "avg", "band", "bor", "bxor", "premul_sum")
@@ -194,27 +192,3 @@ def counts(sizes: tuple[int, int, int], share: int) -> Iterator[int]:
         if count > last:
             yield count
         last = count
-
-
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3}
-
-
-def to_bytes(text: str) -> int:
-    """A size as users write it: 4, 64K, 1.5M, 1KiB. K, M and G are powers of 1024, as in nccl-tests.
-
-    Raises:
-        ArgumentError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * 1024 ** _UNITS[found[2].upper()] if found else 0.0
-    if size < 1 or size != int(size):
-        raise ArgumentError(f"{text!r} is no size: wanted is a whole number of bytes, written as 4, 64K, 16MiB or 1G")
-    return int(size)
-
-
-def in_words(size: int) -> str:
-    """Bytes in the largest unit that gives a whole number: 65536 -> 64 KiB."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size % 1024**power == 0:
-            return f"{size // 1024**power} {unit}"
-    return f"{size} B"

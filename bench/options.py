@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..algorithms import Collective, algorithms, lookup
-from ..collectives.choice import NATIVE
+from ..collectives.tuner.asked import NATIVE
 from ..errors import ArgumentError
 from ..transports.types import check_operator, element_type
 from .collectives import FACTS, cases

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .collectives import in_words
+from ..algorithms.words import in_words
 from .record import CAP, replace_file
 from .run import geometric_mean
 from .runs import LIBRARIES, MOVERS, RUNS, Outcome, Run

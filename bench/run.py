@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..collectives import Communicator, bootstrap, spawn
-from ..collectives.choice import choose
-from ..errors import AbcclError, CollectiveError
+from ..collectives import Communicator, bootstrap
+from ..errors import AbcclError
 from ..transports.topology import Host
 from .buffers import Buffers, take_gpu
 from .data import calls_until_overflow, count_wrong, fill, poison
@@ -127,20 +124,9 @@ def measure_here(options: Options, own: bootstrap.Bootstrap, listener: Listener)
         AbcclError: it can not be done; on all ranks.
     """
     options.settled(own.size)
-    world = World(own, options.transport)
-    try:
+    with joined(own, options.transport) as world:
         options = options.settled(own.size, world.natives)
-        report = _measure(options, world, listener if own.rank == 0 else Listener())
-        world.close()
-        return report
-    except BaseException as error:
-        world.abort(str(error))
-        refused = isinstance(error, AbcclError)
-        if world.launcher == "mpirun" and not (refused and world.all_have_failed()):
-            # Ranks that wait in MPI do not notice that this one is gone.
-            print(f"rank {world.rank}: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
-            world.mpi().COMM_WORLD.Abort(1)
-        raise
+        return _measure(options, world, listener if own.rank == 0 else Listener())
 
 
 def _measure(options: Options, world: World, listener: Listener) -> Report:
@@ -157,7 +143,7 @@ def _measure(options: Options, world: World, listener: Listener) -> Report:
     try:
         for number, case in enumerate(todo):
             listener.works_on(case)
-            row = _measure_case(options, world, case, number, ours, rivals)
+            row = measure_case(options, world, case, number, ours, rivals)
             report.rows.append(row)
             listener.has(row)
         report.regimes.append(probe.measure())
@@ -188,9 +174,17 @@ def peers(options: Options, world: World) -> tuple[list[Peer], list[Peer]]:
     return ours, rivals
 
 
-def _measure_case(
+def measure_case(
     options: Options, world: World, case: AnyCase, number: int, ours: list[Peer], rivals: list[Peer]
 ) -> Row:
+    """Measure one case, the peers in turn. All call it.
+
+    Args:
+        number: of the case; other data for each.
+
+    Raises:
+        ArgumentError: a peer refuses it.
+    """
     everyone = [*ours, *rivals]
     buffers = Buffers(case, options.library, world.comm)
     calls = [[peer.call(case, buffers, root) for root in options.roots] for peer in everyone]
@@ -198,7 +192,7 @@ def _measure_case(
 
     def check(seed: int, which: int) -> None:
         for index, peer in enumerate(everyone):
-            wrong[index] += _check(peer, calls[index][which], case, buffers, world, options.roots[which], seed)
+            wrong[index] += check_call(peer, calls[index][which], case, buffers, world, options.roots[which], seed)
 
     if options.check:
         check(2 * number, 0)
@@ -229,8 +223,12 @@ def _measure_case(
     return Row(case, tuple(measured[: len(ours)]), tuple(measured[len(ours) :]), roofline)
 
 
-def _check(peer: Peer, call: Call, case: AnyCase, buffers: Buffers, world: World, root: int, seed: int) -> int:
-    """Elements of this rank's result that are wrong."""
+def check_call(peer: Peer, call: Call, case: AnyCase, buffers: Buffers, world: World, root: int, seed: int) -> int:
+    """Make the call on random data: how many elements of this rank's result are wrong.
+
+    Raises:
+        ArgumentError: the library refuses it.
+    """
     fill(case, buffers.x, seed, world.rank)
     if not case.in_place:
         poison(buffers.result)
@@ -245,8 +243,7 @@ def _ran(peer: Peer, case: AnyCase, comm: Communicator) -> str:
     if peer.name != "abccl" or isinstance(case, Exchange):
         return ""
     asked = None if peer.algorithm == "auto" else peer.algorithm
-    chosen = choose(case.collective, case.ranks, case.size, asked, comm.reproducible, comm.topology.groups)
-    return chosen if isinstance(chosen, str) else chosen.name
+    return comm.tuner.decide(case.collective, case.size, asked).choice.algorithm_name
 
 
 def geometric_mean(ratios: list[float], cap: float = math.inf) -> float:
@@ -255,8 +252,6 @@ def geometric_mean(ratios: list[float], cap: float = math.inf) -> float:
 
 
 # ---- on ranks of our own
-
-Outcome = tuple[Report | None, AbcclError | None]
 
 
 def measure(options: Options, make_listener: Callable[[], Listener]) -> tuple[Report | None, AbcclError | None]:
@@ -270,29 +265,13 @@ def measure(options: Options, make_listener: Callable[[], Listener]) -> tuple[Re
         The report, on rank 0 and where the ranks were started from; or what to tell the user about a failure. Neither
         on a rank that has nothing to tell.
     """
-    own = bootstrap.find()
-    if launcher(own):
-        report, error = _outcome(options, own, make_listener)
-        tells = own.rank == 0 or isinstance(error, CollectiveError)
-        return (report if own.rank == 0 else None), (error if tells else None)
-    ranks = options.ranks or DEFAULT_RANKS
-    if "mpi" in options.rivals:
-        World.wants_mpi(own)
-    options.settled(ranks)
-    outcomes = spawn(_spawned, ranks, (options, make_listener))
-    errors = [error for _, error in outcomes if error is not None]
-    # A rank that failed by itself knows more than those that were let down.
-    errors.sort(key=lambda error: isinstance(error, CollectiveError))
-    return outcomes[0][0], errors[0] if errors else None
+    own, ranks = bootstrap.find(), options.ranks or DEFAULT_RANKS
+    if not launcher(own):
+        if "mpi" in options.rivals:
+            World.wants_mpi(own)
+        options.settled(ranks)
+    return on_ranks(own, _on_rank, (options, make_listener), ranks)
 
 
-def _spawned(options: Options, make_listener: Callable[[], Listener]) -> Outcome:
-    return _outcome(options, bootstrap.find(), make_listener)
-
-
-def _outcome(options: Options, own: bootstrap.Bootstrap, make_listener: Callable[[], Listener]) -> Outcome:
-    try:
-        report = measure_here(options, own, make_listener() if own.rank == 0 else Listener())
-    except AbcclError as error:
-        return None, error
-    return (report if own.rank == 0 else None), None
+def _on_rank(own: bootstrap.Bootstrap, options: Options, make_listener: Callable[[], Listener]) -> Report:
+    return measure_here(options, own, make_listener() if own.rank == 0 else Listener())

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from ..algorithms import Collective
+from ..algorithms.words import in_words
 from ..algorithms.words import ranges as spans
-from .collectives import in_words
 from .machine import BUSY
 from .messages import WINDOW, AnyCase, Exchange
 from .options import Options

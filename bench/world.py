@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from typing import Any
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..collectives import Communicator, bootstrap, connect
+from ..collectives import Communicator, bootstrap, connect, spawn
 from ..collectives.reach import ENVIRONMENT as TRANSPORT
-from ..errors import AbcclError, ArgumentError, TransportError
+from ..errors import AbcclError, ArgumentError, CollectiveError, TransportError
+
+T = TypeVar("T")
 
 PATIENCE = 10.0
 """Seconds that a rank which has failed waits for the others to come to know it."""
@@ -135,6 +140,61 @@ class World:
             self._distributed.destroy_process_group()
         self.comm.barrier()  # rank 0 keeps the store
         self.comm.close()
+
+
+@contextlib.contextmanager
+def joined(own: bootstrap.Bootstrap, transport: str | None = None) -> Iterator[World]:
+    """The ranks, met and left together; one that fails lets all others know."""
+    world = World(own, transport)
+    try:
+        yield world
+        world.close()
+    except BaseException as error:
+        world.abort(str(error))
+        refused = isinstance(error, AbcclError)
+        if world.launcher == "mpirun" and not (refused and world.all_have_failed()):
+            # Ranks that wait in MPI do not notice that this one is gone.
+            print(f"rank {world.rank}: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
+            world.mpi().COMM_WORLD.Abort(1)
+        raise
+
+
+def on_ranks(
+    own: bootstrap.Bootstrap, body: Callable[..., T], arguments: tuple[Any, ...], ranks: int
+) -> tuple[T | None, AbcclError | None]:
+    """Run body(own, *arguments) on the ranks that were started or, if this process is alone, on so many new ones.
+
+    Args:
+        own: this process.
+        body: a function that a new process can import, and so its arguments.
+
+    Returns:
+        What rank 0 returned, on rank 0 and where the ranks were started from; or what to tell the user about a failure.
+        Neither on a rank that has nothing to tell.
+    """
+    if launcher(own):
+        result, error = _outcome(own, body, arguments)
+        tells = own.rank == 0 or isinstance(error, CollectiveError)
+        return (result if own.rank == 0 else None), (error if tells else None)
+    outcomes = spawn(_spawned, ranks, (body, arguments))
+    errors = [error for _, error in outcomes if error is not None]
+    # A rank that failed by itself knows more than those that were let down.
+    errors.sort(key=lambda error: isinstance(error, CollectiveError))
+    return outcomes[0][0], errors[0] if errors else None
+
+
+def _spawned(body: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, AbcclError | None]:
+    return _outcome(bootstrap.find(), body, arguments)
+
+
+def _outcome(
+    own: bootstrap.Bootstrap, body: Callable[..., T], arguments: tuple[Any, ...]
+) -> tuple[T | None, AbcclError | None]:
+    try:
+        result = body(own, *arguments)
+    except AbcclError as error:
+        return None, error
+    return (result if own.rank == 0 else None), None
 
 
 def launcher(own: bootstrap.Bootstrap) -> str:

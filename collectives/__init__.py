@@ -9,17 +9,32 @@ if TYPE_CHECKING:
     from .binding import premul_sum
     from .communicator import Communicator, connect, init
     from .launch import spawn
+    from .tuner.choice import Choice
+    from .tuner.tuner import register_chooser, unregister_chooser
     from .work import Work
 
-__all__ = ["Communicator", "Work", "connect", "init", "premul_sum", "spawn"]
+__all__ = [
+    "Choice",
+    "Communicator",
+    "Work",
+    "connect",
+    "init",
+    "premul_sum",
+    "register_chooser",
+    "spawn",
+    "unregister_chooser",
+]
 
 _HOMES = {
+    "Choice": ".tuner.choice",
     "Communicator": ".communicator",
     "Work": ".work",
     "connect": ".communicator",
     "init": ".communicator",
     "premul_sum": ".binding",
+    "register_chooser": ".tuner.tuner",
     "spawn": ".launch",
+    "unregister_chooser": ".tuner.tuner",
 }
 
 

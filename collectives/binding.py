@@ -18,11 +18,11 @@ from ..errors import ArgumentError
 from ..transports import NativeCall, Operation, Transport
 from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
-from .choice import NATIVE, AlgorithmLike, check_reproducible, choose
 from .native import prepare_native
-
-FORWARDING_FREE = ("direct", "pairwise")
-"""The all_to_all algorithms that send every part straight to where it goes, so that a rank's own splits suffice."""
+from .reproducible import check_reproducible
+from .tuner.asked import NATIVE
+from .tuner.candidates import FORWARDING_FREE
+from .tuner.tuner import AlgorithmLike, Decision, Tuner
 
 OWN_SPLITS_SUFFICE = (*FORWARDING_FREE, NATIVE)
 
@@ -68,15 +68,16 @@ class Uneven(NamedTuple):
 
 
 class Binder:
-    """Makes plans for one rank of a transport's group; of algorithms that are reproducible only, if told so.
+    """Makes plans for one rank of a transport's group; of algorithms that are reproducible only, if the tuner is.
 
     Args:
-        hosts: the ranks by host.
+        tuner: chooses where nobody else does.
     """
 
-    def __init__(self, transport: Transport, reproducible: bool, hosts: Sequence[Sequence[int]]) -> None:
-        self.rank, self.size, self.hosts = transport.rank, transport.size, hosts
-        self.reproducible = reproducible
+    def __init__(self, transport: Transport, tuner: Tuner) -> None:
+        self.rank, self.size = transport.rank, transport.size
+        self.reproducible = tuner.place.reproducible
+        self.tuner = tuner
         self._transport = transport
         self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
 
@@ -94,7 +95,7 @@ class Binder:
         Args:
             x, out: what is read and what is written; the same object in place.
             op: an operator, sizes of uneven parts, or None.
-            algorithm: it or its name; "native" for the engine's own collective; None to let the rule choose.
+            algorithm: it, its name or a Choice; "native" for the engine's own collective; None to let the tuner choose.
 
         Raises:
             ArgumentError: the arguments do not make sense.
@@ -106,7 +107,9 @@ class Binder:
         source, target = self._views(collective, x, out, root, uneven)
         known = source or target or _NOTHING
         kernel, scaling, factor = self._operator(collective, uneven.op, known.dtype)
-        chosen = self._choose(collective, source, target, uneven, algorithm)
+        nbytes, decision = self._decide(collective, source, target, uneven, algorithm)
+        choice = decision.choice
+        chosen = choice.algorithm
         if chosen == NATIVE:
             return self._native(collective, source, target, uneven, int(root), (kernel, scaling, factor))
         assert isinstance(chosen, Algorithm)
@@ -119,14 +122,21 @@ class Binder:
             sizes,
             known.itemsize,
             slot_bytes=self._transport.slot_bytes,
-            lanes=self._transport.lanes,
+            lanes=choice.lanes or self._transport.lanes,
+            segment_bytes=choice.segment,
             counts=(source.count if source else 0, target.count if target else 0),
+            protocol=choice.protocol,
+            forced=decision.forced,
         )
         text = self._describe(collective, source, target, uneven, int(root), chosen.name)
-        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes}".encode())
+        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes} {choice.segment}".encode())
         straight = chosen.name in FORWARDING_FREE and _is_ours(chosen) and not collective.reduces
         operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text, straight)
-        return self._transport.prepare(plan, operation)
+        prepared = self._transport.prepare(plan, operation)
+        native = getattr(prepared, "native", None)
+        if native is not None:
+            self.tuner.watch(collective, nbytes, decision, lambda: native.median)
+        return prepared
 
     def _views(
         self, collective: Collective, x: Array, out: Array, root: int, uneven: Uneven
@@ -188,17 +198,18 @@ class Binder:
         check_operator(op, dtype)
         return ("sum", Scaling.AFTER, 1.0 / self.size) if op == "avg" else (op, Scaling.NONE, 1.0)
 
-    def _choose(
+    def _decide(
         self,
         collective: Collective,
         source: View | None,
         target: View | None,
         uneven: Uneven,
         asked: AlgorithmLike,
-    ) -> Algorithm | str:
-        """The algorithm, or NATIVE. All ranks come to the same one: what only one rank sees is not looked at."""
+    ) -> tuple[int, Decision]:
+        """The bytes of the whole vector, and what is done with it. All ranks come to the same: what only one sees is
+        not looked at."""
         if uneven.sent is not None and uneven.matrix is None and asked is None:
-            return choose(collective, self.size, 0, FORWARDING_FREE[0])
+            return 0, self.tuner.decide(collective, 0, FORWARDING_FREE[0])
         match collective:
             case Collective.ALL_GATHER:
                 whole = target
@@ -209,8 +220,7 @@ class Binder:
             case _:
                 whole = source
         nbytes = whole.count * whole.itemsize if whole else 0
-        natives = self._transport.collectives
-        return choose(collective, self.size, nbytes, asked, self.reproducible, self.hosts, natives)
+        return nbytes, self.tuner.decide(collective, nbytes, asked)
 
     def _native(
         self,

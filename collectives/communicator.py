@@ -26,37 +26,33 @@ from .arrays import Array, view
 from .binding import OWN_SPLITS_SUFFICE, Binder, PremulSum, Uneven, check_splits
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
-from .choice import AlgorithmLike, is_reproducible
 from .driver import Driver
 from .members import Members
 from .memory import empty, registered_memory
 from .messages import MessageCalls
 from .persistent import Persistent, PersistentCalls, PersistentExecution
 from .reach import reach, wanted_transport
+from .reproducible import is_reproducible
 from .shortcut import shortcut
+from .tuner.tuner import AlgorithmLike, Tuner
+from .tuning import TunerCalls, built_in_tuner, tuned
 from .work import Work
 
 TIMEOUT = 600.0
 """Seconds that an operation waits for its peers, unless told otherwise."""
 
 _COLLECTIVES = tuple(Collective)
-_INDEX = {collective: index for index, collective in enumerate(_COLLECTIVES)}
-_ALL_REDUCE = _INDEX[Collective.ALL_REDUCE]
-_REDUCE_SCATTER = _INDEX[Collective.REDUCE_SCATTER]
-_ALL_GATHER = _INDEX[Collective.ALL_GATHER]
-_BROADCAST = _INDEX[Collective.BROADCAST]
-_ALL_TO_ALL = _INDEX[Collective.ALL_TO_ALL]
-_REDUCE = _INDEX[Collective.REDUCE]
-_GATHER = _INDEX[Collective.GATHER]
-_SCATTER = _INDEX[Collective.SCATTER]
-_BARRIER = _INDEX[Collective.BARRIER]
+# In the order in which `Collective` names them.
+_ALL_REDUCE, _REDUCE_SCATTER, _ALL_GATHER, _BROADCAST, _ALL_TO_ALL, _REDUCE, _GATHER, _SCATTER, _BARRIER = range(
+    len(_COLLECTIVES)
+)
 
 _SPLIT_TAG = -1
 
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-class Communicator(PersistentCalls, MessageCalls):
+class Communicator(PersistentCalls, MessageCalls, TunerCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
@@ -76,6 +72,7 @@ class Communicator(PersistentCalls, MessageCalls):
         timeout: float = TIMEOUT,
         reproducible: bool | None = None,
         topology: Topology | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
         self.rank, self.size, self.timeout = transport.rank, transport.size, timeout
         self.topology = topology or topology_of([range(transport.size)])
@@ -84,7 +81,8 @@ class Communicator(PersistentCalls, MessageCalls):
         self._driver = Driver(transport)
         self._generation = _native.fork_generation()
         self._closed = False
-        self._binder = Binder(transport, is_reproducible(reproducible), self.topology.groups)
+        tuner = tuner or built_in_tuner(transport, self.topology, is_reproducible(reproducible))
+        self._binder = Binder(transport, tuner)
         self._memory = registered_memory(transport)
         self._interned: dict[Uneven, Uneven] = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
@@ -128,7 +126,7 @@ class Communicator(PersistentCalls, MessageCalls):
             op: sum, prod, min, max, avg, band, bor, bxor or premul_sum(factor).
             out: where the result goes, as large as `x`; `x` is left as it is.
             algorithm: an algorithm or its name (`abccl verify` lists them), as in "ring" or "knomial(radix=8)";
-                "native" for MPI's or Gloo's own, where they carry messages. The library chooses if None.
+                "native" for MPI's or Gloo's own, where they carry messages; or a `Choice`. The tuner chooses if None.
             async_op: return a Work at once.
 
         Raises:
@@ -472,7 +470,8 @@ def connect(
 def _connect(bootstrap: Bootstrap, transport: str | None, timeout: float, reproducible: bool | None) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
     reached, topology = reach(bootstrap, wanted)
-    return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology)
+    tuner = tuned(reached, topology, reproducible, bootstrap.exchange) if reached.size > 1 else None
+    return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner)
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

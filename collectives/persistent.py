@@ -10,7 +10,7 @@ from ..algorithms import Collective
 from ..errors import ArgumentError
 from .arrays import Array
 from .binding import PremulSum, Uneven
-from .choice import AlgorithmLike
+from .tuner.tuner import AlgorithmLike
 from .work import Work
 
 

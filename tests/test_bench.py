@@ -17,9 +17,10 @@ from bench_runs import ALONE, case_of, ended, started
 from click.testing import CliRunner
 
 from abccl.algorithms import Collective
+from abccl.algorithms.words import in_words, to_bytes
 from abccl.bench import run
 from abccl.bench.__main__ import bench
-from abccl.bench.collectives import FACTS, Case, cases, in_words, to_bytes
+from abccl.bench.collectives import FACTS, Case, cases
 from abccl.bench.data import calls_until_overflow, count_wrong, fill, pieces, poison, values
 from abccl.bench.machine import cores_of_this_rank, machine
 from abccl.bench.measure import FEWEST_ROUNDS, ROUNDS, Budget, Meter, Subject, plan, roots
@@ -64,7 +65,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert to_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-4", "4X", "1.3", "K", "4 4", "1e3"])
+@pytest.mark.parametrize("text", ["", "0", "-4", "4X", "1.3", "K", "4 4", "1e3", "4\N{KELVIN SIGN}", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ArgumentError, match="is no size"):
         to_bytes(text)

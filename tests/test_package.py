@@ -34,6 +34,10 @@ PUBLIC_NAMES = {
     "init",
     "premul_sum",
     "spawn",
+    # to choose algorithms
+    "Choice",
+    "register_chooser",
+    "unregister_chooser",
     # to write an algorithm
     "Collective",
     "algorithm",

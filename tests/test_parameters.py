@@ -25,7 +25,9 @@ from abccl.algorithms import (
 )
 from abccl.algorithms.parameters import split_outside
 from abccl.algorithms.plan import lower
-from abccl.collectives.choice import choose
+from abccl.collectives.tuner.candidates import Place
+from abccl.collectives.tuner.table import built_in
+from abccl.collectives.tuner.tuner import Tuner
 from abccl.errors import ArgumentError, UnknownAlgorithm
 from abccl.tools.cli import main
 
@@ -154,15 +156,20 @@ def test_a_placed_program_is_told_of_its_root() -> None:
 
 @pytest.mark.usefixtures("fan")
 def test_the_environment_may_name_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = Tuner(Place((tuple(range(9)),), 9, 128 << 10, 4), built_in("near"))
+
     def forced(text: str, collective: Collective = Collective.BROADCAST) -> str:
         monkeypatch.setenv("ABCCL_ALGORITHM", text)
-        return choose(collective, 9, 1 << 20).name
+        return tuner.decide(collective, 1 << 20).choice.algorithm_name
 
     assert forced("fan(8, ring)") == "fan(width=8)"
     assert forced("fan(width=8, word=tree), all_reduce=ring") == "fan(width=8,word=tree)"
     assert forced("all_reduce=ring,broadcast=fan(width=8)") == "fan(width=8)"
     assert forced("fan(width=8),all_reduce=tree", Collective.ALL_REDUCE) == "tree"
-    assert forced("fan(width=8)", Collective.ALL_GATHER) == "direct"
+    with monkeypatch.context() as patch:
+        patch.delenv("ABCCL_ALGORITHM", raising=False)
+        usual = tuner.decide(Collective.ALL_GATHER, 1 << 20).choice.algorithm_name
+    assert forced("fan(width=8)", Collective.ALL_GATHER) == usual
     with pytest.raises(UnknownAlgorithm, match=r"ABCCL_ALGORITHM: broadcast 'fan\(1\)': width wants"):
         forced("fan(1)")
     with pytest.raises(UnknownAlgorithm, match=r"no collective has an algorithm called 'fna\(2\)'"):

@@ -22,6 +22,7 @@ from abccl.algorithms import (
     recv,
     send,
 )
+from abccl.algorithms.decoded import Receiving, Reclaim, Release, Sending, Writing, decode
 from abccl.algorithms.plan import (
     ALIGNMENT,
     Instruction,
@@ -36,7 +37,6 @@ from abccl.algorithms.plan import (
 )
 from abccl.errors import ArgumentError, ScheduleError
 from abccl.transports import inproc
-from abccl.transports.portable import Receiving, Reclaim, Release, Sending, Writing, decode
 from abccl.transports.trial import Case, Trial, can_be_in_place, pairs
 from abccl.transports.types import numpy_dtype
 

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 import abccl
 from abccl import ArgumentError, Communicator, Mismatch, algorithm, recv, send
-from abccl.algorithms import Collective, algorithms, canonical, lookup, registry
-from abccl.collectives import choice, connect
+from abccl.algorithms import Algorithm, Collective, algorithms, canonical, lookup, registry
+from abccl.collectives import connect, reproducible
 from abccl.collectives.bootstrap import Alone
+from abccl.collectives.tuner.candidates import Place
+from abccl.collectives.tuner.table import LINKS, built_in
+from abccl.collectives.tuner.tuner import Tuner
 from abccl.transports import shm
 from abccl.transports.inproc import inproc
 from abccl.transports.shm import PROTOCOLS, shm_threads
@@ -238,24 +241,25 @@ def test_without_the_promise_the_algorithm_decides(dtype: str) -> None:
 # ---- which algorithms are admitted
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("collective", REDUCING, ids=lambda collective: collective.value)
-def test_the_library_picks_canonical_algorithms(collective: Collective, monkeypatch: pytest.MonkeyPatch) -> None:
-    picks = {
-        (choice.choose(collective, size, nbytes, reproducible=True), size)
-        for size in [*range(1, 34), 64]
-        for nbytes in (0, 4, 20_000, 300_000, 1 << 22, 1 << 26)
-    }
+def test_the_library_picks_canonical_algorithms(
+    collective: Collective, link: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picks = set()
+    for size in [*range(1, 20), 33, 64]:
+        tuner = Tuner(Place((tuple(range(size)),), 4, 128 << 10, 4, reproducible=True), built_in(link))
+        for nbytes in (0, 4, 20_000, 300_000, 1 << 22, 1 << 26):
+            pick = tuner.decide(collective, nbytes).choice.algorithm
+            assert isinstance(pick, Algorithm)
+            picks.add((pick, size))
     for pick, size in picks:
         for root in {0, size // 2, size - 1} if collective.rooted else {0}:
             assert canonical(pick, size, root), f"{pick.name}, {size} ranks, root {root}"
-    usual = {
-        (choice.choose(collective, size, n), size) for size in range(1, 9) for n in (0, 4, 20_000, 300_000, 1 << 26)
-    }
-    assert usual <= picks, "up to 8 ranks the promise costs nothing"
     # What is known needs no proof, which would take seconds for hundreds of ranks.
-    monkeypatch.setattr(choice, "canonical", lambda *arguments, **more: pytest.fail("replayed"))
+    monkeypatch.setattr(reproducible, "canonical", lambda *arguments, **more: pytest.fail("replayed"))
     for pick, size in picks:
-        choice.check_reproducible(pick, size, 0, "float16")
+        reproducible.check_reproducible(pick, size, 0, "float16")
 
 
 def test_more_ranks_than_the_usual_rule_takes_canonical_algorithms_for() -> None:
@@ -292,7 +296,7 @@ def test_what_is_canonical() -> None:
     assert names(4, False) == names(4, True) == in_one_pass
     # The third rank that swings exchanges directly, with the others' only step.
     assert names(3, False) == in_one_pass | {"swing"}
-    assert names(3, True) == in_one_pass | {"swing", "tree", "hierarchical", "hierarchical_leaders"}
+    assert names(3, True) == in_one_pass | {"swing", "tree", "composed_rooted", "hierarchical", "hierarchical_leaders"}
     assert names(7, True) == {"direct", "two_shot"}
     # The chain to root 2 begins at rank 1 and goes through rank 0, that to root 0 begins at rank 2.
     chain = lookup(Collective.REDUCE, "chain")

@@ -39,6 +39,19 @@ def load(path: Path) -> list[Algorithm]:
     Raises:
         ArgumentError: it raised something, with the line where; or it registers none.
     """
+    name = execute(path)
+    found = [a for c in Collective for a in algorithms(c).values() if a.function.__module__ == name]
+    if not found:
+        raise ArgumentError(f"{path} registers no algorithm: put @algorithm(Collective.ALL_REDUCE) above a function")
+    return found
+
+
+def execute(path: Path) -> str:
+    """Run a user's file and return the name of its module.
+
+    Raises:
+        ArgumentError: it raised something, with the line where.
+    """
     name = f"abccl user file {path.resolve()}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -53,10 +66,7 @@ def load(path: Path) -> list[Algorithm]:
         raise ArgumentError(f"{error.filename or path}{line}: {error.msg}{text}") from error
     except (Exception, SystemExit) as error:
         raise ArgumentError(_in_file(path, error)) from error
-    found = [a for c in Collective for a in algorithms(c).values() if a.function.__module__ == name]
-    if not found:
-        raise ArgumentError(f"{path} registers no algorithm: put @algorithm(Collective.ALL_REDUCE) above a function")
-    return found
+    return name
 
 
 def _in_file(path: Path, error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from rich.table import Table
 
 from ..algorithms import Algorithm, Collective, algorithms, counts, replay, to_collective
 from ..errors import ArgumentError
+from . import forms as closed
+from .markdown import table, wrapped
 from .sketch import sketch
 from .terminal import console
 
@@ -42,6 +43,9 @@ or are listed as in `3+2:0.2.4.1.3`. `inner` names the algorithm below the top, 
 as in `ring/direct`; `outer` that at the top. Without levels a communicator takes its hosts; drawings and proofs, and a
 communicator on one host, take groups of about the square root of the number of ranks.
 
+`composed` runs two other algorithms one after the other, `composed(reduce_scatter=ring, all_gather=direct)` those two.
+Which collectives are made of which others, with formulas for any number of ranks: [closed-forms.md](closed-forms.md).
+
 Beside these, `native` is the collective that MPI or Gloo has of its own. It has no schedule, and is there where one of
 them carries messages: on several hosts, or by `abccl.init("mpi")` and `abccl.init("gloo")`.
 
@@ -62,14 +66,21 @@ The papers are in [references.md](references.md).
 @click.argument("collective", required=False)
 @click.option("--ranks", default=PICTURED, show_default=True, type=click.IntRange(1), help="The number of ranks.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Write the document of all algorithms.")
-def catalogue(collective: str | None, ranks: int, write: Path | None) -> None:
+@click.option("--forms", is_flag=True, help="The closed forms instead: formulas for any number of ranks.")
+def catalogue(collective: str | None, ranks: int, write: Path | None, forms: bool) -> None:
     """List the algorithms, of one COLLECTIVE or of all, with what they cost.
 
-    With --write docs/algorithms.md they are written there instead, with a picture of each in docs/algorithms/.
+    With --write docs/algorithms.md they are written there instead, with a picture of each in docs/algorithms/; with
+    --forms --write docs/closed-forms.md the closed forms are.
     """
+    if (write or forms) and collective:
+        raise ArgumentError(f"--{'write' if write else 'forms'} takes all collectives: leave out {collective}")
+    if forms:
+        if write:
+            _write({write: closed.document()})
+        click.echo(f"{write} is written" if write else closed.document())
+        return
     if write:
-        if collective:
-            raise ArgumentError(f"--write takes all collectives: leave out {collective}")
         click.echo(f"{write_document(write)} files written: {write}, and the pictures in {write.with_suffix('')}")
         return
     table = Table("collective", "algorithm", "steps", "sent", "folded", "what it does")
@@ -87,11 +98,22 @@ def write_document(path: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for old in set(folder.glob("*.svg")) - wanted.keys():
             old.unlink()
-        for file, words in {path: document(folder.name), **wanted}.items():
-            file.write_text(words, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(f"{path} can not be written ({error.strerror}): name another file by --write") from error
+        raise _unwritable(path, error) from error
+    _write({path: document(folder.name), **wanted})
     return 1 + len(wanted)
+
+
+def _write(files: dict[Path, str]) -> None:
+    for path, words in files.items():
+        try:
+            path.write_text(words, encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ArgumentError:
+    return ArgumentError(f"{path} can not be written ({error.strerror}): name another file by --write")
 
 
 def document(folder: str) -> str:
@@ -101,7 +123,7 @@ def document(folder: str) -> str:
         every = _ours(collective)
         parts.append(f"## {collective.value}")
         rows = [[f"[{_call(a)}](#{collective.value}-{a.name})", *_costs(a, PICTURED), _what(a)] for a in every]
-        parts.append(_table(["algorithm", "steps", "sent", "folded", "what it does"], rows))
+        parts.append(table(["algorithm", "steps", "sent", "folded", "what it does"], rows))
         parts += ["\n\n".join(_section(a, folder)) for a in every]
     return "\n\n".join(parts) + "\n"
 
@@ -126,20 +148,20 @@ def _section(a: Algorithm, folder: str) -> Iterator[str]:
     yield f"### {a.collective.value} {a.name}"
     yield f"![{a.collective.value} {a.name}, {_pictured(a)} ranks]({folder}/{_picture(a)})"
     for paragraph in (inspect.getdoc(a.function) or "").split("\n\n"):
-        yield _wrapped(CITED.sub(r"[\1](references.md)", paragraph))
+        yield wrapped(CITED.sub(r"[\1](references.md)", paragraph))
     module = sys.modules[a.function.__module__]
     file = f"algorithms/{Path(str(module.__file__)).name}"
-    yield _wrapped(f"In [{file}](../{file}): {(module.__doc__ or '').splitlines()[0]}")
+    yield wrapped(f"In [{file}](../{file}): {(module.__doc__ or '').splitlines()[0]}")
     for name, parameter in a.declared.items():
         wants = f", {parameter.wants}" if parameter.wants else ""
         yield f"Parameter `{name}`{wants}; {parameter.default} if it is not given."
     for restriction in a.restrictions:
         if told := f"Wants {restriction.wants}." if restriction.told is None else restriction.told:
-            yield _wrapped(told)
+            yield wrapped(told)
     costs = [_costs(a, size) for size in SIZES]
     rows = [[what, *cells] for what, cells in zip(("steps", "sent", "folded"), zip(*costs))]
     shown = rows[: 3 if a.collective.reduces else 1 if a.collective is Collective.BARRIER else 2]
-    yield _table(["ranks", *map(str, SIZES)], shown)
+    yield table(["ranks", *map(str, SIZES)], shown)
 
 
 def _costs(a: Algorithm, size: int) -> tuple[str, str, str]:
@@ -168,12 +190,3 @@ def _pictured(a: Algorithm) -> int:
 
 def _picture(a: Algorithm) -> str:
     return f"{a.collective.value}-{a.name}.svg"
-
-
-def _wrapped(words: str) -> str:
-    return "\n".join(textwrap.wrap(" ".join(words.split()), 120, break_long_words=False, break_on_hyphens=False))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,6 +14,8 @@ COMMANDS = {
     "show": ".show:show",
     "draw": ".draw:draw",
     "algorithms": ".catalogue:catalogue",
+    "explain": ".explain:explain",
+    "tune": ".tune:tune",
     "bench": "..bench.__main__:bench",
 }
 

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..algorithms import Collective
+from ..algorithms.decoded import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
 from ..algorithms.plan import Instruction, Plan
 from . import _native
 from .contract import NAP, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
-from .portable import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
 from .running import Running
 from .shm import ShmTransport, slot_bytes
 
@@ -136,7 +136,7 @@ class JointTransport(Transport):
         return False
 
 
-def joint_slot_bytes(largest_host: int, network: Transport) -> int:
+def joint_slot_bytes(largest_host: int, network: Transport | type[Transport]) -> int:
     """Of a slot, the same on all ranks: hosts may have different numbers of them."""
     return slot_bytes(largest_host, min(network.slot_bytes, SLOT_BYTES), ARENA_BYTES)
 

@@ -44,6 +44,18 @@ writes going through its cache or past it. What is lent is mapped by the receive
 else copied by the kernel (pull).
 """
 
+
+def protocol_number(name: str) -> int:
+    """The native core's number of a protocol.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    if name not in PROTOCOLS:
+        raise ArgumentError(f"no protocol is called {name!r}: there are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS.index(name)
+
+
 _KINDS: dict[type[Exception], int] = {DeadlineExceeded: 4, PeerLost: 5, Mismatch: 6, Aborted: 7}
 """The native core's numbers of the errors that travel through an abort."""
 
@@ -195,6 +207,11 @@ class ShmTransport(Transport):
                 return message // 2
         return NEVER
 
+    @property
+    def far(self) -> bool:
+        """Whether the ranks' cores share no cache, as was measured when they met."""
+        return bool(self.native.streaming_from != NEVER)
+
     def set_protocol(self, name: str | None) -> None:
         """One of PROTOCOLS for all plans; None lets each plan find out, which is the default.
 
@@ -203,9 +220,7 @@ class ShmTransport(Transport):
         Raises:
             ArgumentError: there is no such protocol.
         """
-        if name is not None and name not in PROTOCOLS:
-            raise ArgumentError(f"no protocol is called {name!r}: there are {', '.join(PROTOCOLS)}")
-        self.native.set_way(None if name is None else PROTOCOLS.index(name))
+        self.native.set_way(None if name is None else protocol_number(name))
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""
@@ -219,7 +234,7 @@ class ShmTransport(Transport):
             remotes: how many peers are numbered behind this transport's ranks.
         """
         skeleton = plan.skeleton
-        return _native.Plan(
+        native = _native.Plan(
             code=code,
             table=plan.table.reshape(-1),
             rank=self.rank,
@@ -241,6 +256,10 @@ class ShmTransport(Transport):
             names=[str(block) for block in skeleton.blocks],
             communicator=self.native,
         )
+        if plan.protocol is not None:
+            way = protocol_number(plan.protocol)
+            (native.force if plan.forced else native.expect)(way)
+        return native
 
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
         """See `Transport.post_send`."""

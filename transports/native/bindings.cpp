@@ -175,7 +175,16 @@ PYBIND11_MODULE(_native, m) {
              py::arg("segment"), py::arg("segments"), py::arg("lanes"), py::arg("straight"), py::arg("type"),
              py::arg("op"), py::arg("factor"), py::arg("signature"), py::arg("text"), py::arg("names"),
              py::arg("communicator"), py::arg("remotes") = 0)
-        .def_property_readonly("text", [](const Plan& plan) { return plan.parameters.text; });
+        .def_property_readonly("text", [](const Plan& plan) { return plan.parameters.text; })
+        .def_property_readonly(
+            "median", [](const Plan& plan) { return plan.seen.median(); },
+            "Seconds of its last runs that were timed, their median; None if none was.")
+        .def(
+            "expect", [](Plan& plan, int way) { plan.protocol.expect(Way::of(way)); }, py::arg("way"),
+            "Begin with this way of moving messages, and try the others later. Before the first run.")
+        .def(
+            "force", [](Plan& plan, int way) { plan.protocol.force(Way::of(way)); }, py::arg("way"),
+            "Move messages in this way only, where it can be taken.");
 
     py::class_<PendingWork, std::shared_ptr<PendingWork>>(
         m, "Work", "A handle on an asynchronous operation; its buffers stay alive until it is finished.")
@@ -212,6 +221,14 @@ PYBIND11_MODULE(_native, m) {
                  WithoutGil released;
                  c.run(std::move(plan), pointer(input), mutable_pointer(output), seconds(timeout));
              })
+        .def(
+            "time",
+            [](Communicator& c, const std::shared_ptr<Plan>& plan, uintptr_t input, uintptr_t output, uint32_t calls,
+               const std::shared_ptr<Plan>& between, double timeout) {
+                WithoutGil released;
+                return c.time(plan, pointer(input), mutable_pointer(output), calls, between, seconds(timeout));
+            },
+            "Seconds that so many runs of a plan take, each with one of `between` behind it if that is not None.")
         .def("start",
              [](const std::shared_ptr<Communicator>& c, std::shared_ptr<Plan> plan, uintptr_t input, uintptr_t output,
                 double timeout, py::object buffers) {

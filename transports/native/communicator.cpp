@@ -57,6 +57,16 @@ void Communicator::run(std::shared_ptr<const Plan> plan, const void* input, void
     drive(*plan, input, output, timeout, before_waiting);
 }
 
+double Communicator::time(const std::shared_ptr<const Plan>& plan, const void* input, void* output, uint32_t calls,
+                          const std::shared_ptr<const Plan>& between, Timeout timeout) {
+    const auto start = Clock::now();
+    for (uint32_t call = 0; call < calls; ++call) {
+        run(plan, input, output, timeout);
+        if (between) run(between, nullptr, nullptr, timeout);
+    }
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 void Communicator::drive(const Plan& plan, const void* input, void* output, Timeout timeout,
                          const BeforeWaiting& before_waiting) {
     try {

@@ -32,6 +32,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void run(
         std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout,
         const BeforeWaiting& before_waiting = [] {});
+    // Runs the plan so many times, and after each `between`, if there is one, which works on no data. Returns the
+    // seconds that all took.
+    double time(const std::shared_ptr<const Plan>& plan, const void* input, void* output, uint32_t calls,
+                const std::shared_ptr<const Plan>& between, Timeout timeout);
     // Queues the plan behind what is queued already. The buffers must live until the work is finished.
     std::shared_ptr<Work> start(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
 

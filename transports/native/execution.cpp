@@ -31,9 +31,10 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
     streaming_from_ = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
-    lend_from_ = endpoint_.way() ? inline_bytes + 1 : lend_from;
+    const std::optional<Way> forced = endpoint_.way() ? Way::of(*endpoint_.way()) : plan.protocol.forced();
+    lend_from_ = forced ? inline_bytes + 1 : lend_from;
     const bool can_lend = plan.lends && plan.longest_message >= lend_from_ && (registered || endpoint_.pulls());
-    const bool adapts = endpoint_.adapts() && !endpoint_.way() && plan.longest_message > inline_bytes;
+    const bool adapts = endpoint_.adapts() && !forced && plan.longest_message > inline_bytes;
     measures_ = false;
     way_ = {can_lend && registered, plan.longest_message >= streaming_from_};
     // All ranks count alike, so they take the same lanes; in turn, so that all of the arena is used (see Cursor).
@@ -42,10 +43,12 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
         way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
         measures_ = plan.protocol.measures();
-        if (measures_) started_ = Clock::now();
+    } else {
+        measures_ = plan.seen.samples();
     }
-    if (endpoint_.way()) {
-        way_ = Way::of(*endpoint_.way());
+    if (measures_) started_ = Clock::now();
+    if (forced) {
+        way_ = *forced;
         way_.lent = way_.lent && can_lend;
     }
     if (way_.lent && !registered && !may_be_pulled(plan, input, output)) way_.lent = false;
@@ -54,7 +57,7 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     const size_t outputs =
         static_cast<size_t>(plan.parameters.output_count) * plan.itemsize * endpoint_.geometry().size;
     output_past_cache_ = way_.lent ? way_.streaming : outputs >= uncached_from;
-    if (adapts || endpoint_.way()) streaming_from_ = way_.streaming ? inline_bytes + 1 : SIZE_MAX;
+    if (adapts || forced) streaming_from_ = way_.streaming ? inline_bytes + 1 : SIZE_MAX;
     // What is registered is mapped: it has no calls to save. What is reclaimed must be watched segment by segment.
     whole_ = plan.parameters.straight && plan.parameters.segments > 1 && plan.reclaims.empty() && way_.lent &&
              endpoint_.pulls() && !endpoint_.in_heap(input);
@@ -101,7 +104,11 @@ Outcome Execution::progress() {
             for (uint32_t peer : plan_->peers)
                 if (!is_remote(peer)) endpoint_.compare(peer);
         }
-        if (measures_) plan_->protocol.took(std::chrono::duration<double>(Clock::now() - started_).count());
+        if (measures_) {
+            const double took = std::chrono::duration<double>(Clock::now() - started_).count();
+            plan_->protocol.took(took);
+            if (plan_->protocol.at_best()) plan_->seen.add(took);
+        }
         endpoint_.finish();
         return Outcome::done;
     }

@@ -84,6 +84,7 @@ class Plan {
     size_t longest_message = 0;  // bytes
     uint32_t most_remote = 0;    // messages that a step sends to remote peers
     mutable Protocol protocol;   // a plan runs once at a time
+    mutable Seen seen;
 };
 
 }  // namespace abccl

@@ -5,8 +5,11 @@ namespace abccl {
 Way Protocol::next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes) {
     const int ways = can_lend ? Way::count : Way::count / 2;
     if (ways != ways_) {
+        const auto expected = expected_;
         *this = Protocol();
+        expected_ = expected;
         ways_ = ways;
+        if (expected && (can_lend || !expected->lent)) at_first = *expected;
         best_ = current_ = at_first.number();
         // A long run goes through all of the arena by itself.
         const size_t runs = shortest_window + walks * arena_bytes / std::max<size_t>(run_bytes, 1);
@@ -36,12 +39,23 @@ void Protocol::end_window() {
     run_ = 0;
     ++windows_;
     const uint32_t ways = static_cast<uint32_t>(ways_);
-    if (windows_ <= ways)
+    if (expected_ && windows_ <= ways * first_trials)
+        current_ = windows_ % first_trials == 0 ? static_cast<int>(windows_ / first_trials - 1) : best_;
+    else if (windows_ <= ways)
         current_ = static_cast<int>(windows_ - 1);
     else if (windows_ % trial_every == 0)
         current_ = static_cast<int>(windows_ / trial_every % ways);
     else
         current_ = best_;
+}
+
+std::optional<double> Seen::median() const {
+    const uint32_t count = std::min(count_.load(std::memory_order_acquire), kept);
+    if (count == 0) return std::nullopt;
+    double sorted[kept];
+    for (uint32_t i = 0; i < count; ++i) sorted[i] = seconds_[i].load(std::memory_order_relaxed);
+    std::nth_element(sorted, sorted + count / 2, sorted + count);
+    return sorted[count / 2];
 }
 
 }  // namespace abccl

@@ -1,0 +1,148 @@
+"""Calibration: the model's constants, measured among the communicator's own ranks, all of them active.
+
+The ranks run a few collectives that differ in what they are made of, over vectors from some bytes to some megabytes.
+The constants are those that explain their times best: the walk (`algorithms/model.py`) says by which counts a run's
+time is made up, least squares say what each of them costs, and as the critical path depends on that, both are repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+import numpy as np
+
+from ...algorithms import Collective, lookup
+from ...transports.shm import PROTOCOLS, ShmTransport
+from ...transports.topology import Exchange
+from .candidates import LENT_FROM, Place, block_bytes, on_hosts
+from .choice import Choice
+from .fit import BYTES, LATENCIES, NETWORK, Sample, constants_at, fit, merged
+from .stopwatch import Stopwatch
+from .table import Table, built_in
+
+BUDGET = 2.0
+"""Seconds that a calibration may take."""
+
+SIZES = (8, 2 << 10, 16 << 10, 96 << 10, 512 << 10, 3 << 20, 16 << 20)
+"""Bytes of the vectors; those above the first two each have their own constants per byte."""
+
+MEMORY = 512 << 20
+"""Bytes of the vectors of all ranks of a host together, at most."""
+
+ROUNDS = 3
+
+# Exchanges and one-way traffic, with folds and without, in one step and in two: so that constants can be told apart.
+_ON_A_HOST = (
+    (Collective.ALL_GATHER, "direct"),
+    (Collective.ALL_TO_ALL, "direct"),
+    (Collective.BROADCAST, "direct"),
+    (Collective.REDUCE_SCATTER, "direct"),
+    (Collective.ALL_REDUCE, "direct"),
+    (Collective.ALL_REDUCE, "two_shot"),
+    (Collective.ALL_REDUCE, "tree"),
+)
+_ACROSS_HOSTS = (
+    (Collective.ALL_GATHER, "ring"),
+    (Collective.ALL_TO_ALL, "direct"),
+    (Collective.BROADCAST, "tree"),
+    (Collective.ALL_REDUCE, "recursive_doubling"),
+    (Collective.ALL_REDUCE, "hierarchical"),
+    (Collective.ALL_REDUCE, "hierarchical_leaders"),
+)
+_NATIVE_SIZES = (8, 16 << 10, 512 << 10)
+
+
+def calibrate(
+    stopwatch: Stopwatch,
+    place: Place,
+    exchange: Exchange,
+    link: str,
+    progress: Callable[[str], None] = lambda _: None,
+    budget: float = BUDGET,
+) -> Table:
+    """Measure and fit. Collective; some hundred milliseconds, `budget` seconds at most. The same table on all ranks.
+
+    Args:
+        exchange: an all-gather of blobs among the ranks.
+        progress: told what is being done.
+        budget: in more seconds there are more rounds.
+    """
+    more = max(1, round(budget / BUDGET))
+    start = time.perf_counter()
+    samples: list[Sample] = []
+    natives: dict[str, list[tuple[int, float]]] = {}
+    spent, last, before = 0.0, 0.0, 1
+    for nbytes in SIZES:
+        # What was measured says what more bytes will take; sizes below some KiB take as long as the smallest.
+        expected = last * max(nbytes, 16 << 10) / max(before, 16 << 10)
+        if nbytes * max(map(len, place.hosts)) > MEMORY or (spent and spent + expected > 0.75 * budget):
+            break
+        progress(f"{nbytes} bytes")
+        calls = list(_calls(nbytes, place))
+        calls += [(one, Choice("native")) for one in sorted(place.natives, key=str) if nbytes in _NATIVE_SIZES]
+        times = [_time(stopwatch, collective, nbytes, choice, more) for collective, choice in calls]
+        mine = json.dumps([time.perf_counter() - start, times]).encode()
+        everyone = [json.loads(blob) for blob in exchange(mine)]
+        for index, (collective, choice) in enumerate(calls):
+            took = median(max(rounds) for rounds in zip(*(theirs[1][index] for theirs in everyone)))
+            if choice.algorithm == "native":
+                natives.setdefault(collective.value, []).append((nbytes, took))
+            else:
+                samples.append(Sample(nbytes, choice, took))
+        elapsed = max(theirs[0] for theirs in everyone)
+        last, spent, before = elapsed - spent, elapsed, nbytes
+    progress("fitting")
+    table = _fitted(samples, natives, place, link, start) if stopwatch.transport.rank == 0 else None
+    blob = json.dumps(table.to_json()).encode() if table else b""
+    return Table.from_json(json.loads(exchange(blob)[0]))
+
+
+def _calls(nbytes: int, place: Place) -> Iterator[tuple[Collective, Choice]]:
+    several = len(place.hosts) > 1
+    for collective, name in _ACROSS_HOSTS if several else _ON_A_HOST:
+        algorithm = on_hosts(lookup(collective, name), place.hosts)
+        if several:
+            yield collective, Choice(algorithm)
+            continue
+        lends = block_bytes(algorithm, nbytes, place.size) >= LENT_FROM
+        for protocol in PROTOCOLS if lends else PROTOCOLS[:2]:
+            yield collective, Choice(algorithm, protocol)
+        if collective is Collective.ALL_GATHER and nbytes > place.slot_bytes // 4:
+            yield collective, Choice(algorithm, PROTOCOLS[0], place.slot_bytes // 4, 1)
+
+
+def _time(stopwatch: Stopwatch, collective: Collective, nbytes: int, choice: Choice, more: int) -> list[float]:
+    """This rank's seconds for a call, a number for each round."""
+    subject = stopwatch.subject(collective, nbytes, choice)
+    calls = max(1, min(50, (128 << 10) // nbytes))
+    if not isinstance(stopwatch.transport, ShmTransport):
+        calls = min(4, calls)
+    rounds = more * (ROUNDS if nbytes < 8 << 20 else 2)
+    stopwatch.seconds(subject, max(1, calls // 4))
+    return [stopwatch.seconds(subject, calls) for _ in range(rounds)]
+
+
+def _fitted(
+    samples: Sequence[Sample], natives: dict[str, list[tuple[int, float]]], place: Place, link: str, start: float
+) -> Table:
+    before, several = built_in(link), len(place.hosts) > 1
+    small = [sample for sample in samples if sample.nbytes <= SIZES[1]]
+    known = constants_at(before, SIZES[1])
+    known, errors = fit(small, place, known, NETWORK if several else (*LATENCIES, *BYTES))
+    found, every = [(SIZES[1], known)], [errors]
+    for nbytes in sorted({sample.nbytes for sample in samples} - set(SIZES[:2])):
+        thought = constants_at(before, nbytes)
+        for name, ways in NETWORK[:2] if several else LATENCIES:
+            thought[list(ways), name] = known[list(ways), name]
+        there = [sample for sample in samples if sample.nbytes == nbytes]
+        constants, errors = fit(there, place, thought, NETWORK[2:] if several else BYTES)
+        found.append((nbytes, constants))
+        every.append(errors)
+    took = time.perf_counter() - start
+    origin = f"measured on {time.strftime('%Y-%m-%d %H:%M')} in {took:.1f} s"
+    residual = float(np.median(np.abs(np.concatenate(every))))
+    measured_natives = {name: tuple(points) for name, points in natives.items()}
+    return Table(origin, tuple(n for n, _ in found), merged(found), residual, measured_natives)

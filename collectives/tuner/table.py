@@ -1,0 +1,141 @@
+"""A table: the constants of the model, as they were measured among some ranks, and what else was measured there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...algorithms.model import NAMES, Floats
+from ...errors import ArgumentError
+from ...transports.shm import PROTOCOLS
+
+FORMAT = 1
+"""Grows when older tables can not be read any more."""
+
+NEAR, FAR = "near", "far"
+LINKS = (NEAR, FAR)
+"""The link classes of a host: cores that share a cache, and cores that do not."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate's time for vectors of so many bytes."""
+
+    nbytes: int
+    algorithm: str
+    protocol: str | None
+    segment: int | None
+    lanes: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of some ranks, the same on all of them.
+
+    Attributes:
+        origin: where it comes from, in words.
+        sizes: bytes of the vectors that the constants were measured with, ascending. A byte costs more where vectors
+            leave the caches.
+        constants: for each protocol and each of `NAMES` the constants at these sizes.
+        residual: the median relative error of the fit, over what it was fitted to.
+        natives: for each collective that the engine has of its own, bytes and seconds.
+        measured: for each collective, candidates that were timed (`abccl tune`).
+        chosen: what tuners have found to be the fastest by this table; those of one process share it.
+    """
+
+    origin: str
+    sizes: tuple[int, ...]
+    constants: Mapping[str, tuple[tuple[float, ...], ...]]
+    residual: float = 0.0
+    natives: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    measured: Mapping[str, tuple[Measured, ...]] = field(default_factory=dict)
+    chosen: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, protocol: str, nbytes: int) -> Floats:
+        """The constants (`NAMES`) for vectors of so many bytes, between those that were measured."""
+        place = [_log2(size) for size in self.sizes]
+        return np.array([_between(place, values, _log2(nbytes)) for values in self.constants[protocol]])
+
+    def native_seconds(self, collective: str, nbytes: int) -> float | None:
+        """What the engine's own collective takes; None if that was not measured."""
+        points = self.natives.get(collective)
+        if not points:
+            return None
+        return _between([size for size, _ in points], [seconds for _, seconds in points], nbytes, beyond=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """It as JSON has it."""
+        return {
+            "origin": self.origin,
+            "sizes": list(self.sizes),
+            "constants": {name: dict(zip(NAMES, map(list, rows))) for name, rows in self.constants.items()},
+            "residual": self.residual,
+            "natives": {name: [list(point) for point in points] for name, points in self.natives.items()},
+            "measured": {name: [vars(one) for one in found] for name, found in self.measured.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Table:
+        """The table that `to_json` gave.
+
+        Raises:
+            ArgumentError: it is none.
+        """
+        try:
+            sizes = tuple(int(size) for size in data["sizes"])
+            constants = {
+                str(name): tuple(tuple(map(float, rows[word])) for word in NAMES)
+                for name, rows in data["constants"].items()
+            }
+            natives = {
+                str(name): tuple((int(size), float(seconds)) for size, seconds in points)
+                for name, points in data["natives"].items()
+            }
+            measured = {str(name): tuple(Measured(**one) for one in found) for name, found in data["measured"].items()}
+            numbers = [x for rows in constants.values() for row in rows for x in row]
+            numbers += [seconds for points in natives.values() for _, seconds in points]
+            numbers += [one.seconds for found in measured.values() for one in found]
+            if not sizes or sorted(set(sizes)) != list(sizes) or sizes[0] < 1:
+                raise ValueError(f"sizes must ascend, and are {sizes}")
+            if set(constants) != set(PROTOCOLS) or any(len(row) != len(sizes) for r in constants.values() for row in r):
+                raise ValueError("constants want a row of as many numbers as there are sizes, for each protocol")
+            if not all(math.isfinite(x) and x >= 0 for x in numbers):
+                raise ValueError("a constant is negative, or no number")
+            return cls(str(data["origin"]), sizes, constants, float(data["residual"]), natives, measured)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"this is no table of the tuner: {type(error).__name__}: {error}") from error
+
+
+@cache
+def built_in(link: str) -> Table:
+    """The table that is used where nothing was measured: of two ranks on two cores."""
+    tables = json.loads((Path(__file__).parent / "built_in.json").read_text(encoding="utf-8"))
+    return Table.from_json(tables[link])
+
+
+def _log2(number: float) -> float:
+    """The logarithm, straight between powers of two: exact arithmetic, so that all processors agree."""
+    fraction, exponent = math.frexp(max(number, 1))
+    return exponent - 2 + 2 * fraction
+
+
+def _between(places: Sequence[float], values: Sequence[float], at: float, beyond: bool = False) -> float:
+    """The value at a place: straight between its neighbours; that of the nearest, or straight on, beyond the ends."""
+    after = next((index for index, place in enumerate(places) if place >= at), len(places))
+    if after == 0 or len(places) == 1:
+        return values[0]
+    if after == len(places):
+        if not beyond:
+            return values[-1]
+        after -= 1
+    left, right = places[after - 1], places[after]
+    share = (at - left) / (right - left)
+    return max(values[after - 1] + share * (values[after] - values[after - 1]), 0.0)
