@@ -33,7 +33,8 @@ noise helps to be the least. So the best is picked by every other round and time
 round: what one would gain by measuring all candidates and taking the best. That is held against the bars: {MEAN:.2f}
 for the geometric mean, {NINETIETH:.2f} for the 90th percentile. "not split" takes both from all rounds and is rather
 too high. "itself" is the chosen candidate against a second subject that is the same, the slower by the faster: how much
-of these is noise.
+of these is noise. "as users run it / forced" is the chosen one's plan, which tries other protocols, by the same
+candidate with its protocol forced.
 
 "predicted" is the median error of the predicted time, of the chosen one and of all candidates. Dotted lines in the
 pictures are {ERROR:.0%} from the measured time."""

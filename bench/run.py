@@ -19,7 +19,7 @@ from .options import Options
 from .peers import MPI, AbcclDirect, AbcclTorch, Gloo, Peer
 from .regime import Probe, Regime
 from .roofline import addition, operands, roofline_bytes
-from .world import World, launcher
+from .world import World, joined, launcher, on_ranks
 
 DEFAULT_RANKS = 2
 

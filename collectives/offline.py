@@ -101,7 +101,7 @@ def _place(sizes: Sequence[int], transports: str, cores: int | None = None) -> P
     network = _network(transports)
     return Place(
         hosts,
-        cores or len(os.sched_getaffinity(0)),
+        cores or min(largest, len(os.sched_getaffinity(0))),
         joint_slot_bytes(largest, network) if network else slot_bytes(largest),
         LANES,
         largest > 1,

@@ -82,12 +82,13 @@ def place_of(transport: Transport, topology: Topology, reproducible: bool) -> Pl
     # Over a network only, every rank is a host of its own, whatever it shares with others.
     alone = isinstance(transport, JointTransport) and transport.name != JOINT
     hosts = tuple((rank,) for rank in range(transport.size)) if alone else topology.groups
+    largest = max(map(len, hosts))
     return Place(
         hosts,
-        local.cores if local else os.cpu_count() or 1,
+        min(largest, local.cores if local else os.cpu_count() or 1),
         transport.slot_bytes,
         transport.lanes,
-        local is not None and max(map(len, hosts)) > 1,
+        local is not None and largest > 1,
         frozenset(transport.collectives),
         reproducible,
     )

@@ -13,7 +13,7 @@ from bench_runs import ended
 from click.testing import CliRunner
 
 from abccl.algorithms import Collective
-from abccl.bench import accuracy_report, validate
+from abccl.bench import accuracy_report, accuracy_run, validate
 from abccl.bench.accuracy import Case, Figure, Run, Timed, by, figures, holds, ninetieth
 from abccl.collectives.tuner import calibrate
 from abccl.collectives.tuner.candidates import Candidate
@@ -71,6 +71,10 @@ def test_both_halves_are_of_the_same_rounds() -> None:
 @pytest.mark.parametrize("again", [2.0, 0.5])
 def test_spread_of_a_candidate_against_itself(again: float) -> None:
     assert case_of((1.0,) * 4, users=(9.0,) * 4, again=(again,) * 4).spread == 2
+
+
+def test_what_the_plans_trials_cost() -> None:
+    assert case_of((2.0,) * 4, (1.0,) * 4, users=(3.0,) * 4).adapted == 1.5
 
 
 def test_errors_of_predictions() -> None:
@@ -131,21 +135,21 @@ def test_cases_in_groups() -> None:
 # ---- what is measured
 
 
-def asked(*sizes: int, collectives: tuple[str, ...] = ("all_reduce",)) -> validate.Asked:
-    return validate.Asked(collectives, sizes, 2, 1.0, "command")
+def asked(*sizes: int, collectives: tuple[str, ...] = ("all_reduce",)) -> accuracy_run.Asked:
+    return accuracy_run.Asked(collectives, sizes, 2, 1.0, "command")
 
 
-@pytest.mark.parametrize("sizes", [validate.SIZES, validate.FEW])
+@pytest.mark.parametrize("sizes", [accuracy_run.SIZES, accuracy_run.FEW])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sizes_are_not_those_of_the_calibration(sizes: tuple[int, ...], ranks: int) -> None:
-    found = validate.cases(asked(*sizes, collectives=validate.COLLECTIVES), ranks)
-    assert {collective.value for collective, _ in found} == set(validate.COLLECTIVES)
+    found = accuracy_run.cases(asked(*sizes, collectives=accuracy_run.COLLECTIVES), ranks)
+    assert {collective.value for collective, _ in found} == set(accuracy_run.COLLECTIVES)
     assert all(abs(nbytes / known - 1) > 0.15 for _, nbytes in found for known in calibrate.SIZES)
-    assert len(set(found)) == len(found) >= 0.8 * len(sizes) * len(validate.COLLECTIVES)
+    assert len(set(found)) == len(found) >= 0.8 * len(sizes) * len(accuracy_run.COLLECTIVES)
 
 
 def test_sizes_are_whole_elements_for_each_rank() -> None:
-    found = validate.cases(asked(3, 45, collectives=("all_reduce", "all_gather")), 3)
+    found = accuracy_run.cases(asked(3, 45, collectives=("all_reduce", "all_gather")), 3)
     assert found == [
         *((Collective.ALL_REDUCE, nbytes) for nbytes in (4, 48)),
         *((Collective.ALL_GATHER, nbytes) for nbytes in (12, 48)),
@@ -154,7 +158,7 @@ def test_sizes_are_whole_elements_for_each_rank() -> None:
 
 def test_only_sizes_of_the_calibration_are_refused() -> None:
     with pytest.raises(ArgumentError, match="no size is left"):
-        validate.cases(asked(calibrate.SIZES[-1]), 2)
+        accuracy_run.cases(asked(calibrate.SIZES[-1]), 2)
 
 
 def test_contenders() -> None:
@@ -168,10 +172,10 @@ def test_contenders() -> None:
         candidate("poor", 1.6, lanes=1),
         candidate("chosen", 2.0, lanes=1),
     ]
-    assert validate.contenders(found, found[-1]) == [*found[:3], found[-1]]
+    assert accuracy_run.contenders(found, found[-1]) == [*found[:3], found[-1]]
     # Of the size that stands for this one, and no candidate here.
     other = candidate("chosen", 2.0)
-    assert validate.contenders(found, other) == [*found[:3], other]
+    assert accuracy_run.contenders(found, other) == [*found[:3], other]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_contenders() -> None:
         (["near", "near"], "1", 0),
         (["near", "far", "far"], "2", 1),
         (["near", "far", "near", "near"], "3", 2),
-        (["near", "far"] * 3, None, validate.TRIES),
+        (["near", "far"] * 3, None, accuracy_run.TRIES),
     ],
 )
 def test_a_case_whose_link_class_changes_is_measured_anew(links: list[str], found: str | None, discarded: int) -> None:
@@ -188,7 +192,7 @@ def test_a_case_whose_link_class_changes_is_measured_anew(links: list[str], foun
     for comm in made:
         comm.close = lambda comm=comm: setattr(comm, "closed", comm.closed + 1)
     coming = iter(made)
-    steady = validate.Steady(lambda: next(coming))
+    steady = accuracy_run.Steady(lambda: next(coming))
     assert steady.measure(lambda comm: str(made.index(comm) + 1)) == found
     assert steady.discarded == discarded
     assert [comm.closed for comm in made] == [1] * (len(made) - 1) + [0]
@@ -196,19 +200,19 @@ def test_a_case_whose_link_class_changes_is_measured_anew(links: list[str], foun
 
 
 def test_calls_fill_a_slice() -> None:
-    assert validate.calls_in(float("inf")) == validate.calls_in(10.0) == 1
-    assert validate.calls_in(validate.SLICE / 10) == 10
-    assert validate.calls_in(1e-12) == validate.LONGEST
-    assert validate.warm_calls(0.001) == 20
-    assert validate.warm_calls(0.01) == validate.WARM_CALLS
-    assert validate.warm_calls(0.25) == 4
+    assert accuracy_run.calls_in(float("inf")) == accuracy_run.calls_in(10.0) == 1
+    assert accuracy_run.calls_in(accuracy_run.SLICE / 10) == 10
+    assert accuracy_run.calls_in(1e-12) == accuracy_run.LONGEST
+    assert accuracy_run.warm_calls(0.001) == 20
+    assert accuracy_run.warm_calls(0.01) == accuracy_run.WARM_CALLS
+    assert accuracy_run.warm_calls(0.25) == 4
 
 
 def test_slow_cases_have_fewer_rounds() -> None:
-    assert validate.rounds_for([1e-6], 1.0, 12, 8) == 12
-    assert validate.rounds_for([0.05], 1.05, 12, 8) == 10  # two calls in each
-    assert validate.rounds_for([1.0, 1.0], 1.0, 12, 8) == 8
-    assert validate.rounds_for([1.0, 1.0], 1.0, 3, 1) == 1
+    assert accuracy_run.rounds_for([1e-6], 1.0, 12, 8) == 12
+    assert accuracy_run.rounds_for([0.05], 1.05, 12, 8) == 10  # two calls in each
+    assert accuracy_run.rounds_for([1.0, 1.0], 1.0, 12, 8) == 8
+    assert accuracy_run.rounds_for([1.0, 1.0], 1.0, 3, 1) == 1
 
 
 # ---- what is written

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
@@ -29,16 +30,20 @@ COLLECTIVES = (
 """Tuned by default."""
 
 
+HEAD = f"{'collective':<15}{'size':>9}  {'measured':>12}{'predicted':>12} ratio  choice"
+
+
 class Printer(Listener):
     """Prints a line for each size when it is done; on a terminal a bar shows what is being measured.
 
     Args:
         where: the ranks, in words.
         total: how many sizes there are.
+        plain: whether to leave the bar out.
     """
 
-    def __init__(self, where: str, total: int) -> None:
-        self.console = console()
+    def __init__(self, where: str, total: int, plain: bool) -> None:
+        self.console = Console(highlight=False, force_terminal=False if plain else None)
         self.console.print(Text(f"{where}; a time is the median of rounds, of the slowest rank", "dim"), soft_wrap=True)
         # Redrawn between sizes only: a thread that draws would be measured.
         shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -56,9 +61,7 @@ class Printer(Listener):
     def works_on(self, collective: Collective, nbytes: int) -> None:
         """See `Listener`."""
         if not self.begun:
-            self.console.print(
-                Text(f"{'collective':<15}{'size':>9}  {'measured':>12}{'predicted':>12} ratio  choice", "bold")
-            )
+            self.console.print(Text(HEAD, "bold"), soft_wrap=True)
             self.begun = True
         self.bar.update(self.task, description=f"{collective.value} {in_words(nbytes)}", refresh=True)
 
@@ -70,7 +73,8 @@ class Printer(Listener):
     def ends(self, table: Table, file: Path | None) -> None:
         """See `Listener`."""
         self.bar.stop()
-        self.console.print(f"constants {table.origin}; half of the calls are off by {table.residual:.0%} or less")
+        off = f"half of the predicted times are off by {table.residual:.0%} or less"
+        self.console.print(f"constants: {table.origin}; {off}", soft_wrap=True)
         self.console.print(f"kept in {file}" if file else "not kept", soft_wrap=True)
 
 
@@ -117,9 +121,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
 @click.command()
 @click.option("--ranks", type=click.IntRange(2), help="Processes to start; one per core by default. Not under mpirun.")
-@click.option(
-    "--collective", "kinds", type=collectives, metavar="NAMES", help="With commas; the five above by default."
-)
+@click.option("--collective", "kinds", type=collectives, metavar="NAMES", help="With commas; five by default.")
 @click.option("--sizes", "span", type=sizes, metavar="FROM:TO:FACTOR", help="4:64M:4 by default; 4:4M:4 with --peer.")
 @click.option(
     "--seconds",
@@ -196,7 +198,9 @@ def on_rank(own: bootstrap.Bootstrap, wish: Wish, keeps: bool) -> None:
         listener = Listener()
         if own.rank == 0:
             where = f"{count(own.size, 'rank')} on {count(len(world.hosts), 'host')} over {world.transport}"
-            listener = Printer(where, len(wish.collectives) * len(wish.sizes))
+            # Open MPI gives its ranks a terminal even where its own output is a file.
+            plain = world.launcher == "mpirun"
+            listener = Printer(where, len(wish.collectives) * len(wish.sizes), plain)
         retune(world.comm._transport, world.comm.tuner.place, own.exchange, wish, listener, keeps)
 
 

@@ -27,7 +27,10 @@ BUDGET = 2.0
 """Seconds that a calibration may take."""
 
 SIZES = (8, 2 << 10, 16 << 10, 96 << 10, 512 << 10, 3 << 20, 16 << 20)
-"""Bytes of the vectors; those above the first two each have their own constants per byte."""
+"""Bytes of the vectors on one host; each above the first has constants per byte of its own."""
+
+ACROSS_SIZES = (8, 256 << 10, 32 << 10, 1 << 20, 4 << 20)
+"""The same for several hosts, what matters most first: as many as there is time for."""
 
 MEMORY = 512 << 20
 """Bytes of the vectors of all ranks of a host together, at most."""
@@ -52,7 +55,13 @@ _ACROSS_HOSTS = (
     (Collective.ALL_REDUCE, "hierarchical"),
     (Collective.ALL_REDUCE, "hierarchical_leaders"),
 )
-_NATIVE_SIZES = (8, 16 << 10, 512 << 10)
+_NATIVE = (
+    Collective.ALL_REDUCE,
+    Collective.REDUCE_SCATTER,
+    Collective.ALL_GATHER,
+    Collective.BROADCAST,
+    Collective.ALL_TO_ALL,
+)
 
 
 def calibrate(
@@ -74,15 +83,19 @@ def calibrate(
     start = time.perf_counter()
     samples: list[Sample] = []
     natives: dict[str, list[tuple[int, float]]] = {}
-    spent, last, before = 0.0, 0.0, 1
-    for nbytes in SIZES:
-        # What was measured says what more bytes will take; sizes below some KiB take as long as the smallest.
-        expected = last * max(nbytes, 16 << 10) / max(before, 16 << 10)
-        if nbytes * max(map(len, place.hosts)) > MEMORY or (spent and spent + expected > 0.75 * budget):
+    # A network connects ranks when they first talk to each other.
+    _time(stopwatch, Collective.ALL_TO_ALL, 8, Choice(lookup(Collective.ALL_TO_ALL, "direct")), 1)
+    spent, last, before = time.perf_counter() - start, 0.0, 1
+    several = len(place.hosts) > 1
+    short = 256 << 10 if several else 16 << 10
+    for nbytes in ACROSS_SIZES if several else SIZES:
+        # What was measured says what more bytes will take; short vectors take as long as the shortest.
+        expected = last * max(nbytes, short) / max(before, short)
+        if nbytes * max(map(len, place.hosts)) > MEMORY or (last and spent + expected > 0.75 * budget):
             break
         progress(f"{nbytes} bytes")
         calls = list(_calls(nbytes, place))
-        calls += [(one, Choice("native")) for one in sorted(place.natives, key=str) if nbytes in _NATIVE_SIZES]
+        calls += [(one, Choice("native")) for one in _NATIVE if one in place.natives]
         times = [_time(stopwatch, collective, nbytes, choice, more) for collective, choice in calls]
         mine = json.dumps([time.perf_counter() - start, times]).encode()
         everyone = [json.loads(blob) for blob in exchange(mine)]
@@ -114,26 +127,29 @@ def _calls(nbytes: int, place: Place) -> Iterator[tuple[Collective, Choice]]:
             yield collective, Choice(algorithm, PROTOCOLS[0], place.slot_bytes // 4, 1)
 
 
-def _time(stopwatch: Stopwatch, collective: Collective, nbytes: int, choice: Choice, more: int) -> list[float]:
+def _time(stopwatch: Stopwatch, collective: Collective, nbytes: int, choice: Choice, more: int = 1) -> list[float]:
     """This rank's seconds for a call, a number for each round."""
     subject = stopwatch.subject(collective, nbytes, choice)
-    calls = max(1, min(50, (128 << 10) // nbytes))
-    if not isinstance(stopwatch.transport, ShmTransport):
-        calls = min(4, calls)
-    rounds = more * (ROUNDS if nbytes < 8 << 20 else 2)
-    stopwatch.seconds(subject, max(1, calls // 4))
-    return [stopwatch.seconds(subject, calls) for _ in range(rounds)]
+    calls, rounds = max(1, min(50, (128 << 10) // nbytes)), ROUNDS if nbytes < 8 << 20 else 2
+    if isinstance(stopwatch.transport, ShmTransport):
+        stopwatch.seconds(subject, max(1, calls // 4))
+    else:
+        calls, rounds = min(2, calls), 2
+    return [stopwatch.seconds(subject, calls) for _ in range(more * rounds)]
 
 
 def _fitted(
     samples: Sequence[Sample], natives: dict[str, list[tuple[int, float]]], place: Place, link: str, start: float
 ) -> Table:
     before, several = built_in(link), len(place.hosts) > 1
-    small = [sample for sample in samples if sample.nbytes <= SIZES[1]]
-    known = constants_at(before, SIZES[1])
-    known, errors = fit(small, place, known, NETWORK if several else (*LATENCIES, *BYTES))
-    found, every = [(SIZES[1], known)], [errors]
-    for nbytes in sorted({sample.nbytes for sample in samples} - set(SIZES[:2])):
+    sizes = sorted({sample.nbytes for sample in samples})
+    # What no byte costs is found with short vectors, and then known for all.
+    short = sizes[:1] if several else sizes[:2]
+    known = constants_at(before, short[-1])
+    first = [sample for sample in samples if sample.nbytes in short]
+    known, errors = fit(first, place, known, NETWORK if several else (*LATENCIES, *BYTES))
+    found, every = [(short[-1], known)], [errors]
+    for nbytes in sizes[len(short) :]:
         thought = constants_at(before, nbytes)
         for name, ways in NETWORK[:2] if several else LATENCIES:
             thought[list(ways), name] = known[list(ways), name]
@@ -144,5 +160,5 @@ def _fitted(
     took = time.perf_counter() - start
     origin = f"measured on {time.strftime('%Y-%m-%d %H:%M')} in {took:.1f} s"
     residual = float(np.median(np.abs(np.concatenate(every))))
-    measured_natives = {name: tuple(points) for name, points in natives.items()}
+    measured_natives = {name: tuple(sorted(points)) for name, points in natives.items()}
     return Table(origin, tuple(n for n, _ in found), merged(found), residual, measured_natives)

@@ -47,7 +47,7 @@ class Place:
 
     Attributes:
         hosts: the ranks by host.
-        cores: of a host, for its ranks.
+        cores: of a host, for its ranks; no more than the largest host has ranks.
         slot_bytes, lanes: the transport's.
         shared: whether ranks of a host share memory, so that protocols matter.
         natives: what the engine has of its own.
@@ -158,7 +158,7 @@ def _variants(collective: Collective, place: Place) -> Iterator[Algorithm]:
             continue
         variants = [declared]
         parameters = dict(declared.parameters)
-        if _is_composed(declared):
+        if is_composed(declared):
             continue
         if "radix" in parameters:
             variants += [declared.bind(radix=radix) for radix in RADICES if radix < size]
@@ -209,7 +209,7 @@ def _compositions(collective: Collective, nbytes: int, place: Place, table: Tabl
     if place.reproducible or place.size > WALKED or len(place.hosts) > 1:
         return
     known = {_schedule(algorithm, place) for algorithm, _ in schedules(collective, place)}
-    for declared in filter(_is_composed, algorithms(collective).values()):
+    for declared in filter(is_composed, algorithms(collective).values()):
         best = {kind: _fastest(Collective(kind), nbytes, place, table) for kind in declared.declared}
         algorithm = declared.bind(**best)
         if algorithm.refusal(place.size) is None and algorithm.largest(place.size) * ALIGNMENT <= place.slot_bytes:
@@ -224,7 +224,7 @@ def _fastest(collective: Collective, nbytes: int, place: Place, table: Table) ->
     return best.choice.algorithm_name
 
 
-def _is_composed(algorithm: Algorithm) -> bool:
+def is_composed(algorithm: Algorithm) -> bool:
     """Whether its parameters name an algorithm for each of the collectives that it is made of."""
     return bool(algorithm.declared) and set(algorithm.declared) <= {collective.value for collective in Collective}
 

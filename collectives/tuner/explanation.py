@@ -98,8 +98,10 @@ class Explanation:
         why = f"{self.choice.name}: {self.reason}"
         if self.source not in ("measured", "predicted"):
             return why
-        others = [one for one in self.best if one.choice.algorithm_name != self.choice.algorithm_name]
         mine = next((one for one in self.candidates if one.choice == self.choice), None)
+        others = [one for one in self.best if one.choice.algorithm_name != self.choice.algorithm_name]
+        if mine is not None and mine.measured is not None:
+            others = [one for one in others if one.measured is not None]
         if mine is None or not others:
             return why
         next_best = min(others, key=lambda one: one.seconds)

@@ -13,6 +13,10 @@ from ...transports.shm import ShmPlan, ShmTransport
 from .choice import Choice
 
 TIMEOUT = 60.0
+
+LEAST = 0.2
+"""Of the time of a call with a barrier behind it, what is the call's at least, however long barriers took before."""
+
 _ITEM = 4
 _UNCHAINED = (Collective.BROADCAST, Collective.SCATTER, Collective.REDUCE, Collective.GATHER)
 
@@ -62,10 +66,11 @@ class Stopwatch:
         """
         if subject.collective not in _UNCHAINED:
             return self._loop(subject, calls, False) / calls
-        rounds = max(8, calls)
+        rounds = max(4, calls)
         barrier = Subject(self._barrier, Collective.BARRIER, None, None)
         alone = self._loop(barrier, rounds, False) / rounds
-        return max(self._loop(subject, calls, True) / calls - alone, 1e-9)
+        together = self._loop(subject, calls, True) / calls
+        return max(together - alone, LEAST * together)
 
     def _loop(self, subject: Subject, calls: int, apart: bool) -> float:
         x, out = (0 if array is None else int(array.ctypes.data) for array in (subject.x, subject.out))

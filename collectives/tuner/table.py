@@ -65,9 +65,9 @@ class Table:
         return np.array([_between(place, values, _log2(nbytes)) for values in self.constants[protocol]])
 
     def native_seconds(self, collective: str, nbytes: int) -> float | None:
-        """What the engine's own collective takes; None if that was not measured."""
-        points = self.natives.get(collective)
-        if not points:
+        """What the engine's own collective takes; None if it was not measured for two sizes at least."""
+        points = self.natives.get(collective, ())
+        if len(points) < 2:
             return None
         return _between([size for size, _ in points], [seconds for _, seconds in points], nbytes, beyond=True)
 

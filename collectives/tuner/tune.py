@@ -7,7 +7,8 @@ the best of both are known. Candidates take turns, so that whatever else the mac
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -21,6 +22,9 @@ from .table import Measured, Table
 ROUNDS, FEWEST_ROUNDS = 15, 5
 LONGEST = 1000
 """Calls in a row, at most."""
+
+WAYS = 2
+"""Of running one algorithm, among the best candidates of a size."""
 
 FACTOR = 4
 """Of two sizes, at most: no time is taken for known between sizes that are further apart."""
@@ -113,13 +117,24 @@ def _kept(nbytes: int, one: Candidate) -> Measured:
 def _best(collective: Collective, wish: Wish, place: Place, table: Table) -> dict[int, list[Candidate]]:
     """What is measured at each size: the best there and at the sizes beside it, and the engine's own collective."""
     known = {nbytes: _by_choice(collective, nbytes, place, table) for nbytes in wish.sizes}
-    best = [list(known[nbytes])[: wish.best] for nbytes in wish.sizes]
+    best = [_top(known[nbytes], wish.best) for nbytes in wish.sizes]
     own = [Candidate(Choice("native"), 0.0, 0.0, 0.0)] if collective in place.natives else []
     found = {}
     for index, nbytes in enumerate(wish.sizes):
         near = [choice for some in (best[index], *best[max(0, index - 1) : index + 2]) for choice in some]
         found[nbytes] = [known[nbytes][choice] for choice in dict.fromkeys(near) if choice in known[nbytes]] + own
     return found
+
+
+def _top(ranked: Iterable[Choice], best: int) -> list[Choice]:
+    """The first of them, none of whose algorithms comes more than WAYS times."""
+    ways: Counter[str] = Counter()
+    found = []
+    for choice in ranked:
+        ways[choice.algorithm_name] += 1
+        if ways[choice.algorithm_name] <= WAYS:
+            found.append(choice)
+    return found[:best]
 
 
 def _by_choice(collective: Collective, nbytes: int, place: Place, table: Table) -> dict[Choice, Candidate]:

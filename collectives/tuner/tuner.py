@@ -13,12 +13,15 @@ from typing import Any
 from ...algorithms import Algorithm, Collective
 from ...errors import ArgumentError, UnknownAlgorithm
 from . import asked
-from .candidates import Candidate, Place, candidates, native, on_hosts, priced
+from .candidates import Candidate, Place, candidates, is_composed, native, on_hosts, priced
 from .choice import Choice
 from .explanation import Explanation
 from .report import Drift, Report
 from .rules import Rule
 from .table import Measured, Table
+
+PLAIN = 1.02
+"""A composition, or segments and lanes other than the transport's own, must be so many times as fast."""
 
 AlgorithmLike = Algorithm | Choice | str | None
 """An algorithm, its name, a Choice with all that can be chosen, or None: let the tuner choose."""
@@ -153,13 +156,16 @@ class Tuner:
         return collective in self.place.natives and not self.place.reproducible
 
     def candidates(self, collective: Collective, nbytes: int) -> list[Candidate]:
-        """All candidates with their times, the fastest first."""
+        """All candidates with their times, the fastest first; where some were measured, these before all others."""
         known = self.table.measured.get(collective.value, ())
         found = [
             replace(one, measured=_measured(known, one.choice, nbytes))
             for one in candidates(collective, nbytes, self.place, self.table)
         ]
-        return sorted([*found, *native(collective, nbytes, self.place, self.table)], key=lambda one: one.seconds)
+        # The engine's own collective is always measured.
+        tuned = any(one.measured is not None for one in found)
+        found += native(collective, nbytes, self.place, self.table)
+        return sorted(found, key=lambda one: (tuned and one.measured is None, one.seconds))
 
     def explain(self, collective: Collective, nbytes: int, wanted: AlgorithmLike = None) -> Explanation:
         """Every candidate for a call, with its parts, and why the winner won: see `Explanation`."""
@@ -168,7 +174,6 @@ class Tuner:
         forced, algorithm = decision.choice, decision.choice.algorithm
         if isinstance(algorithm, Algorithm) and all(one.choice != forced for one in found):
             found += priced(algorithm, [forced], nbytes, self.place, self.table)
-            found.sort(key=lambda one: one.seconds)
         return Explanation(
             collective, nbytes, self.place.hosts, forced, decision.source, decision.reason, tuple(found),
             self.table.origin, self.link,
@@ -193,7 +198,7 @@ class Tuner:
     def _fastest(self, collective: Collective, nbytes: int) -> Candidate:
         key = (self.place, collective, nbytes)
         if key not in self.table.chosen:
-            self.table.chosen[key] = self.candidates(collective, nbytes)[0]
+            self.table.chosen[key] = min(self.candidates(collective, nbytes), key=_worth)
         found: Candidate = self.table.chosen[key]
         return found
 
@@ -205,6 +210,14 @@ class Tuner:
     def _algorithm(self, collective: Collective, wanted: Any) -> Algorithm | str:
         found = asked.algorithm(collective, wanted, self.place.size)
         return found if isinstance(found, str) else on_hosts(found, self.place.hosts)
+
+
+def _worth(candidate: Candidate) -> float:
+    """Seconds, and something for each departure from what is plain."""
+    choice = candidate.choice
+    composed = isinstance(choice.algorithm, Algorithm) and is_composed(choice.algorithm)
+    departures = composed + (choice.segment is not None) + (choice.lanes is not None)
+    return candidate.seconds * PLAIN**departures
 
 
 def _measured(known: Sequence[Measured], choice: Choice, nbytes: int) -> float | None:
