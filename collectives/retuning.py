@@ -31,8 +31,8 @@ class Listener:
     def has(self, trial: Trial) -> None:
         """They were."""
 
-    def ends(self, table: Table, file: Path | None) -> None:
-        """All was measured, and is kept in the file, if it is."""
+    def ends(self, table: Table, link: str, file: Path | None) -> None:
+        """All was measured, between cores of that class, and is kept in the file, if it is."""
 
 
 def retune(
@@ -64,5 +64,5 @@ def retune(
         file = store.save(key, content) if keeps else None
         blob = json.dumps(content).encode()
     table = Table.from_json(json.loads(exchange(blob)[0]))
-    listener.ends(table, file)
+    listener.ends(table, link, file)
     return table

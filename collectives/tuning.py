@@ -22,7 +22,7 @@ from ..transports.shm import ShmTransport
 from ..transports.topology import Exchange, Topology
 from .binding import Binder
 from .tuner import store
-from .tuner.calibrate import calibrate
+from .tuner.calibrate import BUDGET, calibrate
 from .tuner.candidates import Place
 from .tuner.explanation import Explanation
 from .tuner.rules import ENVIRONMENT as RULES
@@ -34,6 +34,10 @@ from .tuner.tuner import AlgorithmLike, Tuner
 ENVIRONMENT = "ABCCL_TUNER"
 """What a communicator knows of its ranks: "auto", what was measured on this machine, now if it never was; "built-in",
 what the library brings, and nothing is measured or read."""
+
+
+POOR = 0.3
+"""The median error of a fit from which on it is tried again: something else used the machine."""
 
 
 class TunerCalls:
@@ -146,11 +150,28 @@ def tuned(transport: Transport, topology: Topology, reproducible: bool, exchange
     rules = parse(told["rules"], told["source"]) if told["rules"] else ()
     if told["table"] is not None:
         return Tuner(place, Table.from_json(told["table"]), rules, told["link"])
-    with measuring(transport, place, told["link"]) as (stopwatch, everything), _progress(transport) as progress:
-        table = calibrate(stopwatch, everything, exchange, told["link"], progress)
-    if transport.rank == 0:
-        store.save(key_of(place, told["link"], carriers(transport)), table.to_json())
-    return Tuner(place, table, rules, told["link"])
+    link, table = _measured(transport, place, told["link"], exchange)
+    return Tuner(place, table, rules, link)
+
+
+def _measured(transport: Transport, place: Place, link: str, exchange: Exchange) -> tuple[str, Table]:
+    """The link class of the ranks, and a table that was measured in it; rank 0 keeps it for others. Collective."""
+    start = time.monotonic()
+    with measuring(transport, place, link) as (stopwatch, everything), _progress(transport) as progress:
+        while True:
+            table = calibrate(stopwatch, everything, exchange, link, progress)
+            local = local_part(transport)
+            now = FAR if local is not None and local.probe_link() else NEAR
+            settled, spent = now == link and table.residual < POOR, time.monotonic() - start
+            # A hypervisor moves cores at any time, and others may use them: once more, as long as there is time.
+            verdict = [now, settled, settled or spent > BUDGET / 2]
+            now, settled, done = json.loads(exchange(json.dumps(verdict).encode())[0])
+            if done:
+                break
+            link = now
+    if transport.rank == 0 and now == link:
+        store.save(key_of(place, link, carriers(transport)), table.to_json())
+    return now, table
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from abccl.algorithms import Collective
 from abccl.algorithms.words import in_words, to_bytes
-from abccl.bench import run
+from abccl.bench import run, world
 from abccl.bench.__main__ import bench
 from abccl.bench.collectives import FACTS, Case, cases
 from abccl.bench.data import calls_until_overflow, count_wrong, fill, pieces, poison, values
@@ -294,7 +294,7 @@ def test_unknown_algorithm() -> None:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the one rank here instead of in a new process."""
-    monkeypatch.setattr(run, "spawn", lambda fn, ranks, args: [fn(*args)])
+    monkeypatch.setattr(world, "spawn", lambda fn, ranks, args: [fn(*args)])
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -13,7 +13,7 @@ from bench_runs import case_of, measured, report
 from click.testing import CliRunner, Result
 
 from abccl.algorithms import Collective
-from abccl.bench import run
+from abccl.bench import world
 from abccl.bench.__main__ import bench, words
 from abccl.bench.messages import Exchange, Pattern
 from abccl.bench.options import Options
@@ -95,7 +95,7 @@ def test_osu_has_a_table_for_each_way_of_each_library() -> None:
 @pytest.fixture
 def bench_here(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command with one rank, in this process."""
-    monkeypatch.setattr(run, "spawn", lambda fn, ranks, args: [fn(*args)])
+    monkeypatch.setattr(world, "spawn", lambda fn, ranks, args: [fn(*args)])
 
     def call(*arguments: str) -> Result:
         options = ["all_reduce", "--ranks", "1", "--max", "64", "--iterations", "2", *arguments]

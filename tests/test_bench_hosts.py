@@ -17,7 +17,7 @@ from bench_runs import ALONE, case_of, ended, started
 from click.testing import CliRunner
 
 from abccl.algorithms import Collective
-from abccl.bench import run
+from abccl.bench import world
 from abccl.bench.__main__ import bench
 from abccl.bench.buffers import Buffers, take_gpu
 from abccl.bench.options import Options
@@ -266,7 +266,7 @@ def test_cupy_has_no_bfloat16() -> None:
 
 @pytest.mark.usefixtures("cupy")
 def test_abccl_refuses_what_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "spawn", lambda fn, ranks, args: [fn(*args)])
+    monkeypatch.setattr(world, "spawn", lambda fn, ranks, args: [fn(*args)])
     result = CliRunner().invoke(bench, ["all_reduce", "--ranks", "1", "--array", "cupy", *FEW])
     assert result.exit_code == 2 and "x must be a numpy array or torch CPU tensor" in result.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tuner_cache import empty_cache
 
 import abccl
 from abccl.algorithms import Collective, registry
@@ -26,15 +27,11 @@ from abccl.transports.topology import topology_of
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and an environment that asks for nothing."""
-    for name in ("ABCCL_ALGORITHM", "ABCCL_RULES", "ABCCL_TRANSPORT", "ABCCL_REPRODUCIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ABCCL_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("ABCCL_TUNER", "auto")
+    """An empty cache; what a test registers is gone when it ends."""
     monkeypatch.setattr(choosers, "_choosers", [])
     copies = {collective: dict(known) for collective, known in registry._registry.items()}
     monkeypatch.setattr(registry, "_registry", copies)
-    return tmp_path / "cache"
+    return empty_cache(monkeypatch, tmp_path)
 
 
 def run(*arguments: object) -> Result:
@@ -117,20 +114,20 @@ def test_the_place_of_ranks_on_this_host(ranks: int, here: object, monkeypatch: 
     assert abccl.spawn(here.place_here, ranks) == [offline_tuner(ranks).place] * ranks  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("hosts", [[[0, 1], [2]], [[0], [1, 2, 3]], [[0], [1]]], ids=str)
+@pytest.mark.parametrize("hosts", [[[0, 1], [2]], [[0], [1]], [[0], [1, 2, 3]]], ids=str)
 def test_the_place_of_ranks_on_hosts(hosts: list[list[int]]) -> None:
     transports = joint_threads(hosts)
     try:
-        found = {place_of(transport, topology_of(hosts), False) for transport in transports}
+        # Some of these ranks are alone on their host, and know as well as others that not all are.
+        (place,) = {place_of(transport, topology_of(hosts), False) for transport in transports}
         assert {carriers(transport) for transport in transports} == {"joint inproc"}
     finally:
         for transport in transports:
             transport.close()
-    (place,) = found
-    size, number = sum(map(len, hosts)), len(hosts)
-    expected = offline_tuner(size, number).place
-    assert replace(place, hosts=(), natives=frozenset()) == replace(expected, hosts=(), natives=frozenset())
-    assert sorted(map(len, place.hosts)) == sorted(map(len, expected.hosts)) or len(hosts[0]) < len(hosts[1])
+    assert place.shared is (max(map(len, hosts)) > 1)
+    if len(hosts[0]) >= len(hosts[1]):
+        expected = offline_tuner(sum(map(len, hosts)), len(hosts)).place
+        assert replace(place, natives=frozenset()) == replace(expected, natives=frozenset())
 
 
 # ---- what is asked for

@@ -113,21 +113,12 @@ class ShmTransport(Transport):
         # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
         self.native.set_patience(*((20, 500) if size > self.cores else (200, 4000)))
         self.native.streaming_from = NEVER
-        if 1 < size <= 2 * self.cores:
-            allowed = sorted(os.sched_getaffinity(0))
-            # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
-            with contextlib.suppress(OSError):  # a sandbox may forbid it
-                os.sched_setaffinity(0, {allowed[self.rank % len(allowed)]})
-            try:
-                self.native.streaming_from = self._calibrate()
-            finally:
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(0, allowed)
-            self.native.number_from_here()
-            if not self._named:
-                # All have read what the calibration wrote: the last message of it came from ranks that were done.
-                arena = self.geometry.arena_at
-                self._region.forget(arena, self.geometry.bytes - arena)
+        self._forced: str | None = None
+        self.probe_link()
+        if not self._named:
+            # All have read what the probe wrote: the last message of it came from ranks that were done.
+            arena = self.geometry.arena_at
+            self._region.forget(arena, self.geometry.bytes - arena)
         self.native.adapt()
         self.set_protocol(os.environ.get("ABCCL_PROTOCOL") or None)
 
@@ -176,11 +167,30 @@ class ShmTransport(Transport):
         self.native.set_pull(self.pulls)
         return [text for text, _ in verdicts if text]
 
+    def probe_link(self) -> bool:
+        """Whether the ranks' cores are far from each other now, sharing no cache. Collective; some ms.
+
+        A hypervisor may move them at any time. Where protocols are forced, and of many more ranks than cores, nothing is
+        measured.
+        """
+        if 1 < self.size <= 2 * self.cores and self._forced is None:
+            allowed = sorted(os.sched_getaffinity(0))
+            # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setaffinity(0, {allowed[self.rank % len(allowed)]})
+            try:
+                self.native.streaming_from = self._calibrate()
+            finally:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, allowed)
+            self.native.number_from_here()
+        return self.far
+
     def _calibrate(self) -> int:
         """From how many bytes on messages go past the cache: measured, as it depends on what the ranks' cores share.
 
         Cores that share a cache hand lines over faster than memory does; between others it is the other way round,
-        by up to 8 times. A few ms; collective, and the same on all ranks. Plans begin with it, and watch their runs.
+        by up to 8 times. The same on all ranks. Plans begin with it, and watch their runs.
         """
         skeleton = lower(lookup(Collective.ALL_REDUCE, "two_shot"), self.rank, self.size)
         for message in (8 << 10, self.slot_bytes):
@@ -191,14 +201,16 @@ class ShmTransport(Transport):
             native = self.prepare(plan, operation).native
             # Runs touch the memory, and fill all of the arena as they leave it in the caches, before they count.
             warm = 1 + self.slot_bytes * SLOTS // message
-            times: dict[int, list[float]] = {0: [], NEVER: []}
-            for streaming_from in (NEVER, 0):
-                self.native.streaming_from = streaming_from
+            medians = []
+            for protocol in ("cached", "streaming"):
+                native.force(protocol_number(protocol))
+                times = []
                 for _ in range(warm + CALIBRATION_ROUNDS):
                     start = time.perf_counter()
                     self.native.run(native, vector.ctypes.data, out.ctypes.data, CALIBRATION_TIMEOUT)
-                    times[streaming_from].append(time.perf_counter() - start)
-            gain = np.array([np.median(times[NEVER][warm:]) / np.median(times[0][warm:])])
+                    times.append(time.perf_counter() - start)
+                medians.append(np.median(times[warm:]))
+            gain = np.array([medians[0] / medians[1]])
             plan = bind(skeleton, cut(1, self.size, 8), 8, slot_bytes=self.slot_bytes)
             operation = Operation(NUMBERS["float64"], OPERATORS["sum"], 1.0, 0, "calibration result")
             agreed = self.prepare(plan, operation).native
@@ -221,6 +233,7 @@ class ShmTransport(Transport):
             ArgumentError: there is no such protocol.
         """
         self.native.set_way(None if name is None else protocol_number(name))
+        self._forced = name
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""

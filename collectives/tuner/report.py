@@ -16,7 +16,7 @@ class Drift:
     """One kind of call.
 
     Attributes:
-        nbytes: the size class: vectors from here up to a quarter of an octave more.
+        nbytes: the size class: vectors up to so many bytes, and down to the next class, a quarter of an octave below.
         choice: what ran it, in words.
         predicted: seconds, as the tuner had them when it chose; measured ones if it had such.
         measured: the running median of its runs, in seconds, with the time that it waited for late peers.
@@ -61,7 +61,7 @@ class Report:
             return f"constants: {self.origin}\nno call has been timed yet: a plan's runs are, now and then"
         lines = [
             f"constants: {self.origin}",
-            f"{'collective':<15}{'from':>9}  {'predicted':>12}{'measured':>12}{'ratio':>7}  choice",
+            f"{'collective':<15}{'up to':>9}  {'predicted':>12}{'measured':>12}{'ratio':>7}  choice",
         ]
         for call in self.calls:
             lines.append(

@@ -57,7 +57,7 @@ class Table:
     residual: float = 0.0
     natives: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     measured: Mapping[str, tuple[Measured, ...]] = field(default_factory=dict)
-    chosen: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, protocol: str, nbytes: int) -> Floats:
         """The constants (`NAMES`) for vectors of so many bytes, between those that were measured."""

@@ -96,9 +96,9 @@ class Decision:
 
 
 def size_class(nbytes: int) -> int:
-    """The size that stands for sizes like this: four in every octave."""
-    shift = max(0, nbytes.bit_length() - 3)
-    return nbytes >> shift << shift
+    """The size that stands for sizes like this, the largest of them: four in every octave, powers of two among them."""
+    shift = max(0, (nbytes - 1).bit_length() - 3)
+    return -(-nbytes >> shift) << shift if nbytes > 0 else 0
 
 
 class Tuner:
@@ -198,7 +198,10 @@ class Tuner:
     def _fastest(self, collective: Collective, nbytes: int) -> Candidate:
         key = (self.place, collective, nbytes)
         if key not in self.table.chosen:
-            self.table.chosen[key] = min(self.candidates(collective, nbytes), key=_worth)
+            everyone = self.candidates(collective, nbytes)
+            # Where some were measured, those that were not do not count.
+            alike = [one for one in everyone if (one.measured is None) == (everyone[0].measured is None)]
+            self.table.chosen[key] = min(alike, key=_worth)
         found: Candidate = self.table.chosen[key]
         return found
 
