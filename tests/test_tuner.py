@@ -60,6 +60,7 @@ def test_a_table_survives_json(table: Table) -> None:
 
 DAMAGES = {
     "no object": lambda t: None,
+    "a constant too large for a number": lambda t: _constant(t, 10**400),
     "no sizes": lambda t: {**t, "sizes": []},
     "sizes that do not ascend": lambda t: {**t, "sizes": t["sizes"][::-1]},
     "a size twice": lambda t: {**t, "sizes": [t["sizes"][0]] * len(t["sizes"])},
@@ -81,7 +82,7 @@ DAMAGES = {
     **{f"no {word}": lambda t, word=word: {k: v for k, v in t.items() if k != word} for word in NEAR.to_json()},
     **{
         f"a constant {value}": lambda t, value=value: _constant(t, value)
-        for value in (-1e-9, math.nan, math.inf, "slow", None, 10**400)
+        for value in (-1e-9, math.nan, math.inf, "slow", None)
     },
 }  # fmt: skip
 
@@ -110,7 +111,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_json_is_a_table_or_an_argument_error(data: st.DataObject) -> None:
     """A table that is damaged anywhere; and if it is one, it can be used."""
@@ -131,8 +132,8 @@ def test_any_json_is_a_table_or_an_argument_error(data: st.DataObject) -> None:
     except ArgumentError:
         return
     json.dumps(table.to_json(), allow_nan=False)
-    decided = Tuner(FOUR, table).decide(C.ALL_REDUCE, 1000)
-    assert math.isfinite(decided.candidate.seconds) if decided.candidate else False
+    with np.errstate(all="ignore"):  # constants may be as large as numbers are
+        assert Tuner(FOUR, table).decide(C.ALL_REDUCE, 1000).candidate
 
 
 def test_between_sizes_constants_are_between_and_beyond_they_stay() -> None:
@@ -206,10 +207,10 @@ def test_the_order_of_who_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (best.source, best.forced, best.reason) == ("predicted", False, "it is predicted to be the fastest")
     slow = next(one.choice for one in reversed(plain.candidates(C.ALL_REDUCE, 4096)))
     how = Measured(4096, slow.algorithm_name, slow.protocol, slow.segment, slow.lanes, 1e-9)
-    tuner = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how,)}, chosen={}), RULES)
+    tuner = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how,)}), RULES)
     assert tuner.decide(C.ALL_GATHER, 4096).source == "predicted"
     small = replace(how, nbytes=512)
-    other = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how, small)}, chosen={}))
+    other = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how, small)}))
     found = other.decide(C.ALL_REDUCE, 4096)
     assert (found.source, found.choice, found.reason) == ("measured", slow, "it is measured to be the fastest")
 
@@ -245,6 +246,8 @@ def test_who_asked_for_what_does_not_exist_is_named(monkeypatch: pytest.MonkeyPa
     @register_chooser
     def mine(call: Call) -> str | Choice | None:
         assert (call.ranks, call.hosts) == (3, ((0, 1, 2),))
+        if call.collective is not C.ALL_GATHER:
+            return None
         return {8: "rign", 16: Choice("neighbor_exchange"), 32: None}.get(call.nbytes)  # type: ignore[arg-type]
 
     with pytest.raises(UnknownAlgorithm, match=r"the chooser .*mine: no all_gather algorithm is called 'rign'"):
@@ -286,7 +289,7 @@ def test_native_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engines_own_wins_where_it_is_the_fastest() -> None:
     def chosen(seconds: float, place: Place = WITH_NATIVES) -> str:
-        table = replace(NEAR, natives={"all_reduce": ((8, seconds), (1 << 20, seconds))}, chosen={})
+        table = replace(NEAR, natives={"all_reduce": ((8, seconds), (1 << 20, seconds))})
         return Tuner(place, table).decide(C.ALL_REDUCE, 1024).choice.algorithm_name
 
     assert chosen(1e-9) == "native" != chosen(1.0)
@@ -342,7 +345,7 @@ def test_what_was_measured_beats_what_is_only_predicted() -> None:
     slowest = tuner.candidates(C.ALL_REDUCE, 4096)[-1]
     c = slowest.choice
     how = Measured(4096, c.algorithm_name, c.protocol, c.segment, c.lanes, 0.5)
-    tuned = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how,)}, chosen={}))
+    tuned = Tuner(FOUR, replace(NEAR, measured={"all_reduce": (how,)}))
     found = tuned.decide(C.ALL_REDUCE, 4096)
     first, *others = tuned.candidates(C.ALL_REDUCE, 4096)
     assert (found.choice, found.source) == (c, "measured")
@@ -390,7 +393,7 @@ def test_an_explanation_with_measured_times() -> None:
     known = tuple(
         Measured(4096, c.algorithm_name, c.protocol, c.segment, c.lanes, seconds) for c, seconds in zip(pair, (3e-3, 2e-3))
     )
-    said = Tuner(FOUR, replace(NEAR, measured={"all_reduce": known}, chosen={})).explain(C.ALL_REDUCE, 4096)
+    said = Tuner(FOUR, replace(NEAR, measured={"all_reduce": known})).explain(C.ALL_REDUCE, 4096)
     assert (said.choice, said.source) == (pair[1], "measured")
     (marked,) = (line for line in str(said).splitlines() if line.startswith(">"))
     assert "2 ms" in marked
@@ -400,7 +403,7 @@ def test_an_explanation_with_measured_times() -> None:
 def test_a_communicator_explains() -> None:
     with Communicator(shm_threads(1)[0]) as alone:
         said = alone.explain("AllReduce", "25MB")
-        assert (said.nbytes, said.collective) == (25_000_000, C.ALL_REDUCE)
+        assert (said.nbytes, said.collective) == (25 << 20, C.ALL_REDUCE)
         assert alone.explain(C.BROADCAST, 8, algorithm="ring").source == "argument"
         for wrong in (("all_reduse", 8), ("all_reduce", "many"), ("all_reduce", -1)):
             with pytest.raises(ArgumentError):

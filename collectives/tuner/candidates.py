@@ -162,7 +162,9 @@ def _variants(collective: Collective, place: Place) -> Iterator[Algorithm]:
             continue
         if "radix" in parameters:
             variants += [declared.bind(radix=radix) for radix in RADICES if radix < size]
-        if "levels" in parameters and len(hosts) > 1:
+        if "levels" in parameters and len(hosts) == 1:
+            continue  # the constants do not tell groups of a host apart
+        if "levels" in parameters:
             known = [outer for outer in OUTER if outer in algorithms(collective)]
             variants = [on_hosts(declared, hosts), *(on_hosts(declared, hosts).bind(outer=o) for o in known)]
         for variant in dict.fromkeys(variants):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -100,17 +101,21 @@ class Table:
                 for name, points in data["natives"].items()
             }
             measured = {str(name): tuple(Measured(**one) for one in found) for name, found in data["measured"].items()}
-            numbers = [x for rows in constants.values() for row in rows for x in row]
+            residual = float(data["residual"])
+            numbers = [residual, *(x for rows in constants.values() for row in rows for x in row)]
             numbers += [seconds for points in natives.values() for _, seconds in points]
             numbers += [one.seconds for found in measured.values() for one in found]
-            if not sizes or sorted(set(sizes)) != list(sizes) or sizes[0] < 1:
-                raise ValueError(f"sizes must ascend, and are {sizes}")
+            for ascending in (sizes, *([size for size, _ in points] for points in natives.values())):
+                if sorted(set(ascending)) != list(ascending) or not all(0 < size <= sys.maxsize for size in ascending):
+                    raise ValueError(f"sizes must ascend, and are {ascending}")
+            if not sizes or not all(isinstance(one.nbytes, int) for found in measured.values() for one in found):
+                raise ValueError("a size is missing, or no number")
             if set(constants) != set(PROTOCOLS) or any(len(row) != len(sizes) for r in constants.values() for row in r):
                 raise ValueError("constants want a row of as many numbers as there are sizes, for each protocol")
             if not all(math.isfinite(x) and x >= 0 for x in numbers):
                 raise ValueError("a constant is negative, or no number")
-            return cls(str(data["origin"]), sizes, constants, float(data["residual"]), natives, measured)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(str(data["origin"]), sizes, constants, residual, natives, measured)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArgumentError(f"this is no table of the tuner: {type(error).__name__}: {error}") from error
 
 

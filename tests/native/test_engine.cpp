@@ -122,6 +122,52 @@ void test_all_reduce(Maker make_plan, uint32_t size, int64_t count, uint32_t lan
     if (mode.way < 0 && size > 1 && count > 5000) expect(was_staged, "what is not lent is copied");
 }
 
+// A plan keeps to the way that is forced, in ranks that would else try all; and its runs are timed now and then.
+void test_forced(int way) {
+    constexpr size_t elements = 20000;  // so long that it would be lent, where it may be, in some windows
+    constexpr uint32_t slot_bytes = 64 << 10;
+    Ranks ranks = make(2, 2, slot_bytes);
+    each(ranks, [&](uint32_t r) {
+        Communicator& c = *ranks[r];
+        c.endpoint.set_pull(true);
+        c.endpoint.adapt();
+        auto plan = std::make_shared<Plan>(one_shot(static_cast<int32_t>(r), 2, elements, 2, elements / 2), 2,
+                                           slot_bytes);
+        if (way >= 0) plan->protocol.force(Way::of(way));
+        Memory memory(c, true, elements);
+        for (size_t i = 0; i < elements; ++i) memory[0][i] = static_cast<float>(r + 1);
+        for (int run = 0; run < 15; ++run) c.run(plan, memory[0], memory[1], patient);
+        // Whoever looks for a way times its first windows; else the 16th run is the first.
+        expect(plan->seen.median().has_value() == (way < 0), "what is forced tries nothing");
+        for (int run = 0; run < 200; ++run) c.run(plan, memory[0], memory[1], patient);
+        const auto median = plan->seen.median();
+        expect(median && *median > 0 && *median < 60, "runs are timed");
+        expect(std::all_of(memory[1], memory[2], [](float value) { return value == 3; }), "the sum is right");
+    });
+    const bool was_staged = staged({2, 2, 2, slot_bytes});
+    if (way >= 2) expect(!was_staged, "what is forced to be lent is never copied");
+    if (way < 2) expect(was_staged, "what is not forced to be lent is copied, always or in some windows");
+}
+
+// Each call is run, with the other plan's behind it.
+void test_time() {
+    constexpr size_t elements = 100;
+    Ranks ranks = make(2, 1, slot);
+    each(ranks, [&](uint32_t r) {
+        Communicator& c = *ranks[r];
+        auto plan = std::make_shared<Plan>(ring(static_cast<int32_t>(r), 2, elements, 1, elements), 1, slot);
+        auto barrier = std::make_shared<Plan>(one_shot(static_cast<int32_t>(r), 2, 0, 1, 1), 1, slot);
+        std::vector<float> data(elements, 1.0f);
+        const auto start = Clock::now();
+        const double apart = c.time(plan, data.data(), data.data(), 3, barrier, patient);
+        const double chained = c.time(plan, data.data(), data.data(), 4, nullptr, patient);
+        const double none = c.time(plan, data.data(), data.data(), 0, nullptr, patient);
+        const double all = std::chrono::duration<double>(Clock::now() - start).count();
+        expect(data[0] == 128, "all calls were run, none twice");
+        expect(apart > 0 && chained > 0 && none < chained && apart + chained + none <= all, "it says how long it took");
+    });
+}
+
 // Two threads of each rank make the same runs, one of them asynchronously: whoever finds the engine taken queues.
 void test_threads() {
     constexpr size_t elements = 1000, runs = 200;
@@ -326,6 +372,8 @@ int main() {
             for (uint32_t lanes : {1u, 2u, 3u})
                 for (bool mixed : {false, true})
                     for (bool registered : {false, true}) test_whole_blocks(size, count, lanes, mixed, registered);
+    for (int way = -1; way < Way::count; ++way) test_forced(way);
+    test_time();
     test_threads();
     test_messages();
     test_failures();

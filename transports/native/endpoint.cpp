@@ -278,6 +278,21 @@ void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t pe
                                                     ": all ranks must make the same calls in the same order");
 }
 
+void Endpoint::tell_time(uint32_t signature, float seconds) {
+    uint32_t bits;
+    std::memcpy(&bits, &seconds, sizeof bits);
+    control(rank_).took.store(static_cast<uint64_t>(signature) << 32 | bits, std::memory_order_relaxed);
+}
+
+double Endpoint::time_of(uint32_t peer, uint32_t signature) const {
+    const uint64_t told = control(peer).took.load(std::memory_order_relaxed);
+    if (told >> 32 != signature) return 0;
+    const uint32_t bits = static_cast<uint32_t>(told);
+    float seconds;
+    std::memcpy(&seconds, &bits, sizeof seconds);
+    return static_cast<double>(seconds);
+}
+
 void Endpoint::compare(uint32_t peer) {
     const Record& record = control(peer).records[sequence_ % history];
     if (record.sequence.load(std::memory_order_acquire) != sequence_) return;

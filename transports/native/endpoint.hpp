@@ -156,6 +156,9 @@ class Endpoint {
     std::string shown(uint64_t number) const;
     // Throws Mismatch if `peer` is known to have called something else as its collective of the present number.
     void compare(uint32_t peer);
+    // For ranks that only send, and return before their readers have read: what a run takes those.
+    void tell_time(uint32_t signature, float seconds);
+    double time_of(uint32_t peer, uint32_t signature) const;
     // Whether `peer` has entered the present collective.
     bool entered(uint32_t peer) const { return control(peer).entered.load(std::memory_order_acquire) >= sequence_; }
     // What `peer` is doing, for messages to people.

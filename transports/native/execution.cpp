@@ -42,7 +42,7 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     if (adapts) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
         way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
-        measures_ = plan.protocol.measures();
+        measures_ = plan.protocol.measures() || (plan.receives && plan.protocol.is_short());
     } else {
         measures_ = plan.seen.samples();
     }
@@ -104,15 +104,23 @@ Outcome Execution::progress() {
             for (uint32_t peer : plan_->peers)
                 if (!is_remote(peer)) endpoint_.compare(peer);
         }
-        if (measures_) {
-            const double took = std::chrono::duration<double>(Clock::now() - started_).count();
-            plan_->protocol.took(took);
-            if (plan_->protocol.at_best()) plan_->seen.add(took);
-        }
+        if (measures_) took(std::chrono::duration<double>(Clock::now() - started_).count());
         endpoint_.finish();
         return Outcome::done;
     }
     return moved ? Outcome::moved : Outcome::blocked;
+}
+
+void Execution::took(double seconds) {
+    const Plan& plan = *plan_;
+    if (plan.receives) {
+        endpoint_.tell_time(plan.parameters.signature, static_cast<float>(seconds));
+    } else {
+        for (uint32_t peer : plan.peers)
+            if (!is_remote(peer)) seconds = std::max(seconds, endpoint_.time_of(peer, plan.parameters.signature));
+    }
+    plan.protocol.took(seconds);
+    if (plan.protocol.at_best()) plan.seen.add(seconds);
 }
 
 bool Execution::run(uint32_t lane_index) {

@@ -48,6 +48,8 @@ class Execution {
 
     // The channels' lane that this lane of the plan runs on.
     uint32_t channel(uint32_t lane_index) const { return (first_lane_ + lane_index) % endpoint_.geometry().lanes; }
+    // A run that was timed has taken so long.
+    void took(double seconds);
     bool run(uint32_t lane_index);
     bool send(const Row& row, uint32_t lane_index, Lane& lane);
     bool receive(const Row& row, uint32_t lane_index, Lane& lane);

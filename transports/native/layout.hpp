@@ -55,6 +55,8 @@ struct Control {
     std::atomic<uint32_t> closed;
     std::atomic<uint64_t> heap_bytes;  // of the rank's registered memory; 0 before there is any
     int32_t heap_fd;
+    // Of a plan that receives: its signature << 32 | the bits of a float, the seconds of its last timed run.
+    alignas(cache_line) std::atomic<uint64_t> took;
     char reason[2048];  // of this rank's own abort; written before any abort word that points to it
     Record records[history];
 };

@@ -36,6 +36,8 @@ class Protocol {
     Way next(Way at_first, bool can_lend, size_t run_bytes, size_t arena_bytes);
     // Whether `took` is to be told of this run; a look at the clock is not free.
     bool measures() const { return windows_ > 0 && run_ > window_ - taken(); }
+    // Whether windows have so few runs that each must be timed by those who others go by.
+    bool is_short() const { return window_ <= samples + 1; }
     void took(double seconds) { last_[run_ % samples] = seconds; }
     // Whether this run takes the best way, and is no trial of another.
     bool at_best() const { return current_ == best_; }
