@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ScheduleError
 from .decoded import Decoded, Receiving, Release, Sending, Writing, decode
 from .plan import Instruction, Place, lower
 from .registry import Algorithm
@@ -128,6 +129,9 @@ class Walk:
     Args:
         hosts: the ranks by host; one host if there are none.
         in_place: whether input and output are one, so that nothing need be copied from one to the other.
+
+    Raises:
+        ScheduleError: the schedule never ends.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class Walk:
         registers: list[list[int]] = [[] for _ in programs]
         places = [0] * len(programs)
         while any(place < len(program) for place, program in zip(places, programs)):
+            before = list(places)
             for rank, program in enumerate(programs):
                 while places[rank] < len(program):
                     instruction = program[places[rank]]
@@ -172,6 +177,10 @@ class Walk:
                     elif isinstance(instruction, Writing):
                         events += self._works(rank, instruction, registers[rank], lends)
                     places[rank] += 1
+            if places == before:
+                raise ScheduleError(
+                    "all ranks wait for messages that none sends: `abccl verify` names the step of the schedule"
+                )
         self.messages = len(lends)
         return events
 
@@ -251,6 +260,8 @@ class Outline:
         self.host_of = {rank: number for number, host in enumerate(self.hosts) for rank in host}
         self.far_steps, self.leaving = self._far(algorithm)
         self.works = [self._work(algorithm, rank, in_place) for rank in (0, size // 2)]
+        sent = sum(work[1][SEND] for work in self.works)
+        self.lends = sum(work[2] for work in self.works) / sent if sent else 0.0
 
     def _far(self, algorithm: Algorithm) -> tuple[int, int]:
         """Steps in which a rank of the first host talks to another host, and the blocks that leave it."""
@@ -263,13 +274,14 @@ class Outline:
                     steps.add(number)
         return min(len(steps), self.steps), leaving
 
-    def _work(self, algorithm: Algorithm, rank: int, in_place: bool) -> tuple[Floats, Floats]:
-        """A rank's counts of messages, and of blocks: those that nothing is lent of."""
-        fixed, blocks = np.zeros(len(NAMES)), np.zeros(len(NAMES))
+    def _work(self, algorithm: Algorithm, rank: int, in_place: bool) -> tuple[Floats, Floats, int]:
+        """A rank's counts of messages and of blocks, and the blocks that it may lend."""
+        fixed, blocks, lent = np.zeros(len(NAMES)), np.zeros(len(NAMES)), 0
         for instruction in decode(lower(algorithm, rank, self.size).code):
             match instruction:
-                case Sending(_, peers, parts, _):
+                case Sending(_, peers, parts, lends):
                     far = [self.host_of[peer] != self.host_of[rank] for peer in peers]
+                    lent += len(parts) * (lends and not any(far))
                     fixed[FAR_OVERHEAD] += sum(far)
                     fixed[OVERHEAD] += len(far) - sum(far)
                     blocks[SEND] += len(parts)
@@ -282,20 +294,31 @@ class Outline:
                         blocks[FOLD if kind is Instruction.FOLD else RECEIVE] += messages
                     elif kind is Instruction.COPY and not (moves and in_place):
                         blocks[COPY] += 1
-        return fixed, blocks
+        return fixed, blocks, lent
+
+    def _busy(self, work: tuple[Floats, Floats, int], runs: Runs) -> Floats:
+        """What keeps a rank busy in a segment; of what it receives as large a part is lent as of what is sent."""
+        fixed, blocks, lent = work
+        counts = np.outer(fixed, np.ones(len(runs.block))) + np.outer(blocks, runs.block)
+        counts[SEND] -= lent * runs.lent * runs.block
+        for name, lent_name in _LENT_NAMES.items():
+            share = self.lends * runs.lent * counts[name]
+            counts[lent_name] += share
+            counts[name] -= share
+        return counts
 
     def counts(self, runs: Runs, cores: Sequence[int]) -> Floats:
         """As `Walk.counts`."""
         shape = (len(NAMES), len(runs.block))
         crowd = max(max(1.0, len(host) / there) for host, there in zip(self.hosts, cores))
-        busy = [
-            crowd * (np.outer(fixed, np.ones(shape[1])) + np.outer(blocks, runs.block)) for fixed, blocks in self.works
-        ]
+        busy = [crowd * self._busy(work, runs) for work in self.works]
         card, chain = np.zeros(shape), np.zeros(shape)
         card[FAR_BETA] = self.leaving * runs.block
         chain[OVERHEAD] = 2.0 * (self.steps - self.far_steps)
         chain[FAR_OVERHEAD] = 2.0 * self.far_steps
-        chain[SEND] = chain[RECEIVE] = self.steps * runs.block
+        lent = self.lends * runs.lent
+        chain[SEND] = chain[RECEIVE] = self.steps * runs.block * (1 - lent)
+        chain[LENT] = self.steps * runs.block * lent
         every = slowest([*busy, card], runs.constants)
         first = slowest([every, chain], runs.constants)
         first[LAUNCH] += 1
@@ -365,7 +388,7 @@ class _Pass:
                     self.shared[rank] = True
 
     def _post_far(self, rank: int, amount: Floats) -> None:
-        """A message goes over the network card of the rank's host, behind those that have been posted before."""
+        """A message goes over the network card of the rank's host, behind those that the walk has met before."""
         beta, host = self.runs.constants[FAR_BETA], self.walk.host_of[rank]
         waits = np.maximum(self.leaving[host] - self.time[rank], 0.0)
         self.leaving[host] = self.time[rank] + waits + amount * beta

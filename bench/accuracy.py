@@ -229,8 +229,8 @@ def figures(cases: Sequence[Case], judged: bool = False, missing: int = 0) -> li
     return [
         Figure("chosen / best, geometric mean", geometric_mean(ratios), bar(MEAN)),
         Figure("chosen / best, 90th percentile", ninetieth(ratios), bar(NINETIETH)),
-        Figure("chosen / best, not split, geometric mean", geometric_mean(plain)),
-        Figure("chosen / best, not split, 90th percentile", ninetieth(plain)),
+        Figure("chosen / best, not split, geometric mean", geometric_mean(plain), bar(MEAN)),
+        Figure("chosen / best, not split, 90th percentile", ninetieth(plain), bar(NINETIETH)),
         Figure("chosen as users run it / forced, geometric mean", geometric_mean(adapted)),
         Figure("chosen as users run it / forced, 90th percentile", ninetieth(adapted)),
         Figure("a candidate / itself, geometric mean", geometric_mean(spreads)),

@@ -300,7 +300,7 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
         network = partial(self._transport.split, members, f"{number}/{members[0]}")
         meeting = Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20), network)
         name = self._transport.name
-        return _connect(meeting, None if name == JOINT else name, self.timeout, self.reproducible)
+        return _connect(meeting, None if name == JOINT else name, self.timeout, self.reproducible, part=True)
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
@@ -462,15 +462,18 @@ def connect(
     transport: str | None = None,
     timeout: float = TIMEOUT,
     reproducible: bool | None = None,
+    part: bool = False,
 ) -> Communicator:
-    """The communicator of the ranks that the bootstrap knows; the rest as in `init`. Collective."""
-    return _connect(bootstrap, transport, timeout, reproducible)
+    """The communicator of the ranks that the bootstrap knows, all or a `part` of their job's; as `init`. Collective."""
+    return _connect(bootstrap, transport, timeout, reproducible, part)
 
 
-def _connect(bootstrap: Bootstrap, transport: str | None, timeout: float, reproducible: bool | None) -> Communicator:
+def _connect(
+    bootstrap: Bootstrap, transport: str | None, timeout: float, reproducible: bool | None, part: bool = False
+) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
     reached, topology = reach(bootstrap, wanted)
-    tuner = tuned(reached, topology, reproducible, bootstrap.exchange) if reached.size > 1 else None
+    tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
     return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner)
 
 

@@ -14,7 +14,7 @@ from ..algorithms.words import count
 from ..errors import ArgumentError
 from ..transports import Transport
 from ..transports.joint import JOINT, joint_slot_bytes
-from ..transports.shm import LANES, ShmTransport, slot_bytes
+from ..transports.shm import LANES, PROTOCOL, ShmTransport, slot_bytes
 from .reach import ENVIRONMENT as TRANSPORT
 from .reach import wanted_transport
 from .reproducible import is_reproducible
@@ -107,6 +107,7 @@ def _place(sizes: Sequence[int], transports: str, cores: int | None = None) -> P
         largest > 1,
         network.collectives if network else frozenset(),
         is_reproducible(None),
+        os.environ.get(PROTOCOL) or None,
     )
 
 

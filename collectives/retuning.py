@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from ..algorithms import Collective
 from ..transports import Transport
 from ..transports.topology import Exchange
 from .tuner import store
+from .tuner.agreement import from_rank_0
 from .tuner.calibrate import BUDGET, calibrate
 from .tuner.candidates import Place
 from .tuner.table import Table
 from .tuner.tune import Trial, Wish, trials, with_trials
-from .tuning import carriers, key_of, link_of, measuring
+from .tuning import carriers, kept_table, key_of, link_now, link_of, measuring
 
 PATIENT = 5
 """How many times as long as at first use the ranks calibrate, at most."""
@@ -30,6 +31,9 @@ class Listener:
 
     def has(self, trial: Trial) -> None:
         """They were."""
+
+    def drops(self, trial: Trial) -> None:
+        """They were, but the cores had moved meanwhile: it is not kept."""
 
     def ends(self, table: Table, link: str, file: Path | None) -> None:
         """All was measured, between cores of that class, and is kept in the file, if it is."""
@@ -54,15 +58,20 @@ def retune(
         table = calibrate(stopwatch, everything, exchange, link, listener.calibrates, budget)
         found = []
         for trial in trials(stopwatch, everything, exchange, table, wish, listener.works_on):
-            found.append(trial)
-            listener.has(trial)
-    blob, file = b"", None
-    if transport.rank == 0:
+            if link_now(transport, exchange) == link:
+                found.append(trial)
+                listener.has(trial)
+            else:
+                listener.drops(trial)
+    file: Path | None = None
+
+    def kept() -> dict[str, Any]:
+        nonlocal file
         key = key_of(place, link, carriers(transport))
-        before = store.load(key)
-        content = with_trials(table, found, Table.from_json(before) if before else None).to_json()
+        content = with_trials(table, found, kept_table(key)).to_json()
         file = store.save(key, content) if keeps else None
-        blob = json.dumps(content).encode()
-    table = Table.from_json(json.loads(exchange(blob)[0]))
+        return content
+
+    table = Table.from_json(from_rank_0(transport.rank, exchange, kept))
     listener.ends(table, link, file)
     return table

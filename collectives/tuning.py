@@ -7,28 +7,33 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..algorithms import Collective, to_collective
 from ..algorithms.words import to_bytes
-from ..errors import AbcclError, ArgumentError
+from ..errors import ArgumentError
 from ..transports import Transport
 from ..transports.joint import JOINT, JointTransport
 from ..transports.shm import ShmTransport
 from ..transports.topology import Exchange, Topology
 from .binding import Binder
 from .tuner import store
+from .tuner.agreement import from_rank_0
 from .tuner.calibrate import BUDGET, calibrate
 from .tuner.candidates import Place
 from .tuner.explanation import Explanation
 from .tuner.rules import ENVIRONMENT as RULES
 from .tuner.rules import Rule, from_environment, parse
 from .tuner.stopwatch import Stopwatch
-from .tuner.table import FAR, FORMAT, NEAR, Table, built_in
+from .tuner.table import FAR, FORMAT, NEAR, Table, built_in, table_of
 from .tuner.tuner import AlgorithmLike, Tuner
 
 ENVIRONMENT = "ABCCL_TUNER"
@@ -63,7 +68,7 @@ class TunerCalls:
         Raises:
             ArgumentError: there is no such collective, or it is no size.
         """
-        what = to_collective(collective) if isinstance(collective, str) else collective
+        what = collective if isinstance(collective, Collective) else to_collective(f"{collective}")
         return self.tuner.explain(what, to_size(nbytes), algorithm)
 
 
@@ -74,9 +79,9 @@ def to_size(nbytes: int | str) -> int:
         ArgumentError: it is none.
     """
     if isinstance(nbytes, str):
-        return to_bytes(nbytes)
-    if nbytes < 0:
-        raise ArgumentError(f"a vector can not have {nbytes} bytes")
+        return to_bytes(nbytes) if nbytes.strip() != "0" else 0
+    if isinstance(nbytes, bool) or not isinstance(nbytes, (int, np.integer)) or nbytes < 0:
+        raise ArgumentError(f"a vector has a whole number of bytes, and {nbytes!r} is none")
     return int(nbytes)
 
 
@@ -95,6 +100,7 @@ def place_of(transport: Transport, topology: Topology, reproducible: bool) -> Pl
         local is not None and largest > 1,
         frozenset(transport.collectives),
         reproducible,
+        local.protocol if local else None,
     )
 
 
@@ -133,55 +139,67 @@ def reads_tables() -> bool:
     return wanted == "auto"
 
 
-def tuned(transport: Transport, topology: Topology, reproducible: bool, exchange: Exchange) -> Tuner:
+def tuned(
+    transport: Transport, topology: Topology, reproducible: bool, exchange: Exchange, part: bool = False
+) -> Tuner:
     """The tuner of these ranks, with one table and one text of rules on all of them: rank 0's. Collective.
 
     The ranks calibrate if rank 0 finds no table: up to two seconds, once for such ranks on such a machine.
+
+    Args:
+        exchange: an all-gather of blobs among the ranks.
+        part: whether other ranks of the same job may be at work beside these, which then share their cores and caches:
+            such groups have tables of their own.
 
     Raises:
         ArgumentError: rank 0 can not use its rule file, or ABCCL_TUNER is not what is wanted.
     """
     place = place_of(transport, topology, reproducible)
-    told = json.loads(exchange(json.dumps(_told(transport, place)).encode() if transport.rank == 0 else b"")[0])
-    if "error" in told:
-        raise ArgumentError(told["error"])
+    told = from_rank_0(transport.rank, exchange, lambda: _told(transport, place, part))
     # Hosts may have different numbers of cores, and all ranks must price alike.
-    place = replace(place, cores=told["cores"])
+    place = replace(place, cores=told["cores"], protocol=told["protocol"])
     rules = parse(told["rules"], told["source"]) if told["rules"] else ()
     if told["table"] is not None:
-        return Tuner(place, Table.from_json(told["table"]), rules, told["link"])
-    link, table = _measured(transport, place, told["link"], exchange)
+        return Tuner(place, table_of(json.dumps(told["table"])), rules, told["link"])
+    link, table = _measured(transport, place, told["link"], exchange, part)
     return Tuner(place, table, rules, link)
 
 
-def _measured(transport: Transport, place: Place, link: str, exchange: Exchange) -> tuple[str, Table]:
+def _measured(transport: Transport, place: Place, link: str, exchange: Exchange, part: bool) -> tuple[str, Table]:
     """The link class of the ranks, and a table that was measured in it; rank 0 keeps it for others. Collective."""
     start = time.monotonic()
     with measuring(transport, place, link) as (stopwatch, everything), _progress(transport) as progress:
+        left = BUDGET
         while True:
-            table = calibrate(stopwatch, everything, exchange, link, progress)
-            local = local_part(transport)
-            now = FAR if local is not None and local.probe_link() else NEAR
-            settled, spent = now == link and table.residual < POOR, time.monotonic() - start
-            # A hypervisor moves cores at any time, and others may use them: once more, as long as there is time.
-            verdict = [now, settled, settled or spent > BUDGET / 2]
-            now, settled, done = json.loads(exchange(json.dumps(verdict).encode())[0])
-            if done:
+            table = calibrate(stopwatch, everything, exchange, link, progress, left)
+            now = link_now(transport, exchange)
+            spent = time.monotonic() - start
+            left = BUDGET - float(from_rank_0(transport.rank, exchange, partial(float, spent)))
+            # A hypervisor moves cores at any time, and others may use them: once more, as long as there is time. Ranks
+            # that share cores, and networks, are never met well.
+            good = table.residual < POOR or len(place.hosts) > 1 or place.size > place.cores
+            if (now == link and good) or left < BUDGET / 2:
                 break
             link = now
-    if transport.rank == 0 and now == link:
-        store.save(key_of(place, link, carriers(transport)), table.to_json())
+    if transport.rank == 0 and now == link and good:
+        store.save(key_of(place, link, carriers(transport), part), table.to_json())
     return now, table
 
 
 @contextmanager
 def measuring(transport: Transport, place: Place, link: str) -> Iterator[tuple[Stopwatch, Place]]:
     """A stopwatch for these ranks, and the place with all candidates in it, those that are not reproducible too."""
-    everything = replace(place, reproducible=False)
-    yield Stopwatch(transport, Binder(transport, Tuner(everything, built_in(link))).bind), everything
-    local = local_part(transport)
+    everything, local = replace(place, reproducible=False, protocol=None), local_part(transport)
+    forced = local.protocol if local else None
     if local is not None:
-        local.native.number_from_here()
+        local.set_protocol(None)
+    try:
+        yield Stopwatch(transport, Binder(transport, Tuner(everything, built_in(link))).bind), everything
+    finally:
+        if local is not None:
+            local.set_protocol(forced)
+            local.native.number_from_here()
+        transport.runs = 0
 
 
 def carriers(transport: Transport) -> str:
@@ -189,11 +207,12 @@ def carriers(transport: Transport) -> str:
     return f"{transport.name} {transport.network.name}" if isinstance(transport, JointTransport) else transport.name
 
 
-def key_of(place: Place, link: str, transports: str) -> dict[str, Any]:
+def key_of(place: Place, link: str, transports: str, part: bool = False) -> dict[str, Any]:
     """What a table is kept under: all that its constants depend on.
 
     Args:
         transports: as `carriers` names them.
+        part: whether others of the same job are at work beside these ranks.
     """
     return {
         "cpu": _cpu(),
@@ -203,22 +222,37 @@ def key_of(place: Place, link: str, transports: str) -> dict[str, Any]:
         "transports": transports,
         "version": importlib.import_module(__package__.rpartition(".")[0]).__version__,
         "format": FORMAT,
-    }
+    } | ({"part": True} if part else {})
 
 
-def _told(transport: Transport, place: Place) -> dict[str, Any]:
+def _told(transport: Transport, place: Place, part: bool) -> dict[str, Any]:
     """What rank 0 tells all others: its rules, and the table, or None if one must be measured."""
     link = link_of(transport)
-    try:
-        text, source = from_environment(), os.environ.get(RULES, "")
-        parse(text, source)
-        table = built_in(link) if not reads_tables() or local_part(transport) is None else None
-        if table is None and (stored := store.load(key_of(place, link, carriers(transport)))) is not None:
-            table = Table.from_json(stored)
-    except AbcclError as error:
-        return {"error": f"rank 0: {error}"}
-    about = {"link": link, "cores": place.cores, "rules": text, "source": source}
+    text, source = from_environment(), os.environ.get(RULES, "")
+    parse(text, source)
+    if not reads_tables() or local_part(transport) is None:
+        table: Table | None = built_in(link)
+    else:
+        table = kept_table(key_of(place, link, carriers(transport), part))
+    about = {"link": link, "cores": place.cores, "protocol": place.protocol, "rules": text, "source": source}
     return {**about, "table": table and table.to_json()}
+
+
+def kept_table(key: dict[str, Any]) -> Table | None:
+    """The table that is kept under this key; None, with a warning, if what is kept is none."""
+    stored = store.load(key)
+    try:
+        return None if stored is None else Table.from_json(stored)
+    except ArgumentError as error:
+        warnings.warn(f"{store.path(key)}: {error}. It is passed over.", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def link_now(transport: Transport, exchange: Exchange) -> str:
+    """The class of the links on rank 0's host, measured anew: a hypervisor moves cores at any time. Collective."""
+    local = local_part(transport)
+    now = FAR if local is not None and local.probe_link() else NEAR
+    return str(from_rank_0(transport.rank, exchange, lambda: now))
 
 
 def link_of(transport: Transport) -> str:

@@ -13,7 +13,15 @@ from abccl import Communicator
 from abccl.algorithms import Algorithm, Collective, canonical, lookup
 from abccl.algorithms.model import NAMES
 from abccl.algorithms.plan import Sizes, bind, cut, exchange, lower, parts
-from abccl.collectives.tuner.candidates import FORWARDING_FREE, Candidate, Place, candidates, on_hosts, priced, schedules
+from abccl.collectives.tuner.candidates import (
+    FORWARDING_FREE,
+    Candidate,
+    Place,
+    candidates,
+    on_hosts,
+    priced,
+    schedules,
+)
 from abccl.collectives.tuner.choice import Choice
 from abccl.collectives.tuner.table import built_in
 from abccl.transports.shm import PROTOCOLS, shm_threads, slot_bytes
@@ -48,18 +56,31 @@ def sizes_of(collective: Collective, rank: int, size: int, elements: int, blocks
     return exchange(rank, each, each) if collective is C.ALL_TO_ALL else parts(collective, rank, each)
 
 
+def assert_priced(one: Candidate, collective: Collective, nbytes: int, where: Place) -> None:
+    prices = np.array([one.alpha, one.beta, one.gamma])
+    assert np.isfinite(prices).all()
+    assert one.predicted == one.alpha + one.beta + one.gamma > 0
+    assert (one.measured, one.seconds) == (None, one.predicted)
+    assert collective.reduces or one.gamma == 0
+    if len(where.hosts) == 1:
+        assert (prices >= 0).all()
+        assert nbytes or one.beta == one.gamma == 0
+
+
 # ---- all places
 
 
 @at_each_place
 @pytest.mark.parametrize("collective", Collective, ids=lambda c: c.value)
-def test_every_candidate_can_be_bound(collective: Collective, where: Place) -> None:
+def test_every_candidate_can_be_priced_and_bound(collective: Collective, where: Place) -> None:
     """For the widest elements, on the first, the middle and the last rank."""
     skeletons: dict[tuple[Algorithm, int], Any] = {}
-    for nbytes in (1, 100_000, 64 << 20):
+    for nbytes in (0, 100_000, 64 << 20):
         found = candidates(collective, nbytes, where, TABLE)
         assert found
-        for choice in (one.choice for one in found):
+        for one in found:
+            assert_priced(one, collective, nbytes, where)
+            choice = one.choice
             assert isinstance(choice.algorithm, Algorithm)
             a = choice.algorithm
             assert a.refusal(where.size) is None
@@ -76,21 +97,6 @@ def test_every_candidate_can_be_bound(collective: Collective, where: Place) -> N
                     protocol=choice.protocol,
                 )
                 assert plan.segment * 16 * skeleton.largest <= min(where.slot_bytes, choice.segment or where.slot_bytes)
-
-
-@at_each_place
-@pytest.mark.parametrize("collective", FIVE, ids=lambda c: c.value)
-def test_prices_are_numbers(collective: Collective, where: Place) -> None:
-    for nbytes in (0, 5000):
-        for one in candidates(collective, nbytes, where, TABLE):
-            parts_of = np.array([one.alpha, one.beta, one.gamma])
-            assert np.isfinite(parts_of).all() and (parts_of >= 0).all()
-            assert one.predicted == one.alpha + one.beta + one.gamma > 0
-            assert (one.measured, one.seconds) == (None, one.predicted)
-            if nbytes == 0 and len(where.hosts) == 1:
-                assert one.beta == one.gamma == 0
-            if not collective.reduces:
-                assert one.gamma == 0
 
 
 @at_each_place
@@ -117,7 +123,9 @@ def test_reproducible_ranks_choose_among_what_folds_canonically(collective: Coll
 @at_each_place
 def test_hierarchies_follow_the_hosts(where: Place) -> None:
     found = [one.choice.algorithm for one in candidates(C.ALL_REDUCE, 1 << 16, where, TABLE)]
-    levels = {dict(a.parameters)["levels"] for a in found if isinstance(a, Algorithm) and "levels" in dict(a.parameters)}
+    levels = {
+        dict(a.parameters)["levels"] for a in found if isinstance(a, Algorithm) and "levels" in dict(a.parameters)
+    }
     if where.size > len(where.hosts) > 1:
         assert levels == {dict(on_hosts(lookup(C.ALL_REDUCE, "hierarchical"), where.hosts).parameters)["levels"]}
     elif levels:  # no other algorithm has the same schedule
@@ -147,7 +155,8 @@ def test_the_plainest_name_stands_for_one_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "nbytes", "there"), [(place(4), 1 << 20, True), (place(2, 2), 1 << 20, False), (place(17), 1 << 20, False)]
+    ("where", "nbytes", "there"),
+    [(place(4), 1 << 20, True), (place(2, 2), 1 << 20, False), (place(17), 1 << 20, False)],
 )
 def test_compositions(where: Place, nbytes: int, there: bool) -> None:
     """Of the best of each part, on one host, where their schedule is no other candidate's."""

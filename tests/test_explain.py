@@ -198,7 +198,7 @@ def test_a_table_tells_its_own_ranks_and_hosts(cache: Path, tmp_path: Path) -> N
     copied = tmp_path / "copied.json"
     file.rename(copied)
     text = said("all_reduce", "1M", "--table", copied)
-    assert "among 5 ranks on 2 hosts, far cores" in text and "constants: elsewhere" in text
+    assert "among 5 ranks on 2 hosts, 2 far cores for those of a host" in text and "constants: elsewhere" in text
     assert offline_tuner(5, 2, file=copied).place.cores == 2
     assert "among 4 ranks on 1 host" in said("all_reduce", "1M", "--table", copied, "--ranks", 4)
 

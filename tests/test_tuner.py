@@ -43,7 +43,9 @@ RICH = replace(
     NEAR,
     residual=0.25,
     natives={"all_reduce": ((8, 1e-5), (1 << 20, 1e-3))},
-    measured={"all_reduce": (Measured(1024, "ring", "cached", 65536, 2, 1e-6), Measured(8, "native", None, None, None, 2.0))},
+    measured={
+        "all_reduce": (Measured(1024, "ring", "cached", 65536, 2, 1e-6), Measured(8, "native", None, None, None, 2.0))
+    },
 )
 
 # ---- tables
@@ -197,7 +199,9 @@ def choosers() -> Iterator[None]:
     tuner._choosers[:] = before
 
 
-RULES = parse('[[rule]]\ncollective = "all_reduce"\nfrom = 1024\nranks = 4\nalgorithm = "tree"\nlanes = 2\n', "rules.toml")
+RULES = parse(
+    '[[rule]]\ncollective = "all_reduce"\nfrom = 1024\nranks = 4\nalgorithm = "tree"\nlanes = 2\n', "rules.toml"
+)
 
 
 def test_the_order_of_who_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +260,9 @@ def test_who_asked_for_what_does_not_exist_is_named(monkeypatch: pytest.MonkeyPa
         tuner.decide(C.ALL_GATHER, 16)
     assert tuner.decide(C.ALL_GATHER, 32).source == "predicted"
     rules = parse('[[rule]]\ncollective = "all_gather"\nalgorithm = "neighbor_exchange"\n', "mine.toml")
-    with pytest.raises(ArgumentError, match=r"mine\.toml, rule 1 \(line 1\): all_gather: neighbor_exchange wants an even"):
+    with pytest.raises(
+        ArgumentError, match=r"mine\.toml, rule 1 \(line 1\): all_gather: neighbor_exchange wants an even"
+    ):
         Tuner(tuner.place, NEAR, rules).decide(C.ALL_GATHER, 8)
     monkeypatch.setenv("ABCCL_ALGORITHM", "neighbor_exchange")
     with pytest.raises(ArgumentError, match="ABCCL_ALGORITHM: all_gather: neighbor_exchange wants an even"):
@@ -324,7 +330,7 @@ def test_choosers_are_asked_last_first_until_one_is_gone() -> None:
 
 def test_measured_times_hold_between_near_sizes() -> None:
     """Straight between two sizes that are at most 4 times apart; nowhere else."""
-    times = {1024: 1e-3, 4096: 3e-3, 8192: 5e-3, 1 << 20: 1.0}
+    times = {1024: 1e-3, 4096: 3e-3, 8192: 5e-3, 65536: 1.0}
     ring = tuple(Measured(n, "ring", "cached", None, None, seconds) for n, seconds in times.items())
     tuner = Tuner(FOUR, replace(NEAR, measured={"all_reduce": ring}))
 
@@ -332,10 +338,10 @@ def test_measured_times_hold_between_near_sizes() -> None:
         choice = Choice(lookup(C.ALL_REDUCE, "ring"), protocol)
         return next(one.measured for one in tuner.candidates(C.ALL_REDUCE, nbytes) if one.choice == choice)
 
-    assert [known(n) for n in (4096, 6144, 8192, 1 << 20)] == pytest.approx([3e-3, 4e-3, 5e-3, 1.0])
+    assert [known(n) for n in (4096, 6144, 8192, 65536)] == pytest.approx([3e-3, 4e-3, 5e-3, 1.0])
     assert known(2560) == pytest.approx(2e-3)
     assert known(16384) is None  # far from any above
-    assert known(2 << 20) is None
+    assert known(131072) is None
     assert known(4096, "streaming") is None
 
 
@@ -368,7 +374,7 @@ def test_an_explanation() -> None:
     assert [one["choice"] for one in data["candidates"]] == [one.choice.name for one in said.candidates]
     assert all(math.isclose(o["predicted"], o["alpha"] + o["beta"] + o["gamma"]) for o in data["candidates"])
     lines = str(said).splitlines()
-    assert lines[0] == "all_reduce of 1 MiB among 4 ranks on 1 host, near cores"
+    assert all(word in lines[0] for word in ("all_reduce of 1 MiB", "4 ranks on 1 host", "near cores"))
     assert NEAR.origin in lines[1]
     assert [word in lines[3] for word in ("predicted", "alpha", "beta", "gamma", "measured", "candidate")] == [True] * 6
     marked = [line for line in lines if line.startswith(">")]
@@ -391,7 +397,8 @@ def test_an_explanation_with_measured_times() -> None:
     choices = [one.choice for one in Tuner(FOUR, NEAR).candidates(C.ALL_REDUCE, 4096)]
     pair = (choices[0], next(c for c in choices if c.algorithm_name != choices[0].algorithm_name))
     known = tuple(
-        Measured(4096, c.algorithm_name, c.protocol, c.segment, c.lanes, seconds) for c, seconds in zip(pair, (3e-3, 2e-3))
+        Measured(4096, c.algorithm_name, c.protocol, c.segment, c.lanes, seconds)
+        for c, seconds in zip(pair, (3e-3, 2e-3))
     )
     said = Tuner(FOUR, replace(NEAR, measured={"all_reduce": known})).explain(C.ALL_REDUCE, 4096)
     assert (said.choice, said.source) == (pair[1], "measured")
@@ -414,15 +421,17 @@ def test_a_communicator_explains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("took", "parts"), [(1.0, False), (1.99, False), (2.0, False), (2.01, True), (0.51, False), (0.5, False), (0.49, True)]
+    ("took", "parts"),
+    [(1.0, False), (1.99, False), (2.0, False), (2.01, True), (0.51, False), (0.5, False), (0.49, True)],
 )
 def test_what_drifts(took: float, parts: bool) -> None:
     """More than twice as long as predicted, or less than half as long."""
     drift = Drift(C.ALL_REDUCE, 1024, "ring", 1.0, took)
     report = Report((drift, Drift(C.BROADCAST, 8, "tree", 1e-6, 1e-6)), "a test")
     assert (drift.ratio, drift.parts, report.drifted) == (took, parts, (drift,) * parts)
-    assert ("<- parts" in str(report)) == parts
-    assert str(report).splitlines()[-1].startswith(f"{int(parts)} of 2 part by more than 2 times")
+    assert sum("<-" in line for line in str(report).splitlines()) == parts
+    last = str(report).splitlines()[-1]
+    assert last.startswith(f"{int(parts)} of 2 ") and "more than 2 times" in last
 
 
 def test_a_report_has_what_was_timed() -> None:
@@ -458,7 +467,8 @@ def test_calls_are_timed_as_they_run() -> None:
         short, long = report.calls
         assert (short.collective, short.nbytes, long.nbytes) == (C.ALL_REDUCE, 64, size_class(200_000))
         assert 0 < short.measured < 10 and 0 < long.measured < 10
-        assert short.predicted == Tuner(Place(((0, 1),), 2, 128 << 10, 4), NEAR).decide(C.ALL_REDUCE, 64).candidate.seconds
+        there = [Tuner(Place(((0, 1),), 2, 128 << 10, 4), built_in(link)) for link in LINKS]
+        assert short.predicted in [tuner.decide(C.ALL_REDUCE, 64).candidate.seconds for tuner in there]
 
 
 def test_a_candidate_can_be_replaced() -> None:

@@ -169,7 +169,7 @@ def check_damaged(file: Path, data: bytes) -> str | None:
     if found is None:
         (message,) = messages
         assert f"{file} is damaged: " in message
-        assert message.endswith("It is measured anew and replaced.")
+        assert message.endswith("It is passed over; who measures anew replaces it.")
         assert heard(store.load, KEY) == (None, []), "warned twice of one file"
         return message
     assert found == CONTENT and not messages
@@ -328,7 +328,7 @@ def refused(told: str) -> None:
     """Neither read nor written, and each is said once."""
     result, (message,) = heard(store.load, KEY)
     assert result is None
-    assert f"{store.path(KEY)} can not be read: " in message and told in message and "measured anew" in message
+    assert f"{store.path(KEY)} can not be read: " in message and told in message and "is passed over" in message.lower()
     result, (message,) = heard(store.save, KEY, CONTENT)
     assert result is None
     assert f"{store.path(KEY)} can not be written: " in message and told in message

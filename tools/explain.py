@@ -9,7 +9,6 @@ import click
 from rich.text import Text
 
 from ..algorithms import to_collective
-from ..algorithms.words import to_bytes
 from .arguments import execute
 from .terminal import console
 
@@ -56,8 +55,9 @@ def explain(
     abccl explain broadcast 64K --all
     """
     from ..collectives.offline import layout_of, offline_tuner
+    from ..collectives.tuning import to_size
 
-    kind, nbytes = to_collective(collective), to_bytes(size)
+    kind, nbytes = to_collective(collective), to_size(size)
     if file:
         execute(file)
     measured_ranks, measured_hosts = layout_of(table) if table and ranks is None else (ranks or 4, 1)

@@ -70,11 +70,16 @@ class Printer(Listener):
         self.console.print(Text(row(trial)), soft_wrap=True)
         self.bar.advance(self.task)
 
+    def drops(self, trial: Trial) -> None:
+        """See `Listener`."""
+        said = f"{trial.collective.value} {in_words(trial.nbytes)}: not kept, the cores have moved meanwhile"
+        self.console.print(Text(said, "dim"), soft_wrap=True)
+        self.bar.advance(self.task)
+
     def ends(self, table: Table, link: str, file: Path | None) -> None:
         """See `Listener`."""
         self.bar.stop()
-        off = f"half of the predicted times are off by {table.residual:.0%} or less"
-        self.console.print(f"constants: {table.origin}; {off}", soft_wrap=True)
+        self.console.print(f"constants: {table.told}", soft_wrap=True)
         self.console.print(f"kept for {link} cores in {file}" if file else "not kept", soft_wrap=True)
 
 

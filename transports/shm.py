@@ -45,6 +45,10 @@ else copied by the kernel (pull).
 """
 
 
+PROTOCOL = "ABCCL_PROTOCOL"
+"""Names the protocol of all plans. Read when ranks meet."""
+
+
 def protocol_number(name: str) -> int:
     """The native core's number of a protocol.
 
@@ -113,14 +117,14 @@ class ShmTransport(Transport):
         # core wait for each other's spins. More ranks than cores: whoever waits must let others run at once.
         self.native.set_patience(*((20, 500) if size > self.cores else (200, 4000)))
         self.native.streaming_from = NEVER
-        self._forced: str | None = None
+        self.protocol: str | None = None
         self.probe_link()
         if not self._named:
             # All have read what the probe wrote: the last message of it came from ranks that were done.
             arena = self.geometry.arena_at
             self._region.forget(arena, self.geometry.bytes - arena)
         self.native.adapt()
-        self.set_protocol(os.environ.get("ABCCL_PROTOCOL") or None)
+        self.set_protocol(os.environ.get(PROTOCOL) or None)
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
         """Make and announce the own region, attach to all others; returns what went wrong anywhere."""
@@ -170,10 +174,10 @@ class ShmTransport(Transport):
     def probe_link(self) -> bool:
         """Whether the ranks' cores are far from each other now, sharing no cache. Collective; some ms.
 
-        A hypervisor may move them at any time. Where protocols are forced, and of many more ranks than cores, nothing is
-        measured.
+        A hypervisor may move them at any time. Nothing is measured where a protocol is forced, and of many more ranks
+        than cores.
         """
-        if 1 < self.size <= 2 * self.cores and self._forced is None:
+        if 1 < self.size <= 2 * self.cores and self.protocol is None:
             allowed = sorted(os.sched_getaffinity(0))
             # Ranks that have just met may still share a core, where the cache always wins: apart for a moment.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -233,7 +237,7 @@ class ShmTransport(Transport):
             ArgumentError: there is no such protocol.
         """
         self.native.set_way(None if name is None else protocol_number(name))
-        self._forced = name
+        self.protocol = name
 
     def prepare(self, plan: Plan, operation: Operation) -> ShmPlan:
         """The plan as the native engine runs it."""

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import AbcclError, ArgumentError
@@ -52,7 +53,8 @@ def create(options: Any) -> ProcessGroup:
     rank, size, store = options.group_rank, options.group_size, options.store
     timeout = options.timeout.total_seconds()
     try:
-        communicator = connect(_bootstrap(store, rank, size, options.group_id, timeout), timeout=timeout)
+        part = dist.is_initialized() and size < dist.get_world_size()
+        communicator = connect(_bootstrap(store, rank, size, options.group_id, timeout), timeout=timeout, part=part)
     except AbcclError as error:
         raise torch_error(error) from None
     return ProcessGroup(communicator, store)

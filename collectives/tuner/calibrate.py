@@ -17,6 +17,7 @@ import numpy as np
 from ...algorithms import Collective, lookup
 from ...transports.shm import PROTOCOLS, ShmTransport
 from ...transports.topology import Exchange
+from .agreement import from_rank_0
 from .candidates import LENT_FROM, Place, block_bytes, on_hosts
 from .choice import Choice
 from .fit import BYTES, LATENCIES, NETWORK, Sample, constants_at, fit, merged
@@ -36,6 +37,9 @@ MEMORY = 512 << 20
 """Bytes of the vectors of all ranks of a host together, at most."""
 
 ROUNDS = 3
+
+SHARE = 0.2
+"""Of the budget, what the vectors of one size may take where it is for the number of calls to say."""
 
 # Exchanges and one-way traffic, with folds and without, in one step and in two: so that constants can be told apart.
 _ON_A_HOST = (
@@ -83,9 +87,12 @@ def calibrate(
     start = time.perf_counter()
     samples: list[Sample] = []
     natives: dict[str, list[tuple[int, float]]] = {}
-    # A network connects ranks when they first talk to each other.
-    _time(stopwatch, Collective.ALL_TO_ALL, 8, Choice(lookup(Collective.ALL_TO_ALL, "direct")), 1)
-    spent, last, before = time.perf_counter() - start, 0.0, 1
+    # A network connects ranks when they first talk to each other; the second time tells what a call takes.
+    first = stopwatch.subject(Collective.ALL_TO_ALL, 8, Choice(lookup(Collective.ALL_TO_ALL, "direct")))
+    stopwatch.seconds(first, 1)
+    mine = json.dumps([time.perf_counter() - start, stopwatch.seconds(first, 4)]).encode()
+    spent, call = map(max, zip(*(json.loads(blob) for blob in exchange(mine))))
+    last, before = 0.0, 1
     several = len(place.hosts) > 1
     short = 256 << 10 if several else 16 << 10
     for nbytes in ACROSS_SIZES if several else SIZES:
@@ -96,7 +103,9 @@ def calibrate(
         progress(f"{nbytes} bytes")
         calls = list(_calls(nbytes, place))
         calls += [(one, Choice("native")) for one in _NATIVE if one in place.natives]
-        times = [_time(stopwatch, collective, nbytes, choice, more) for collective, choice in calls]
+        # Where ranks share cores a call of some bytes may take as long as one of a megabyte elsewhere.
+        most = max(1, int(SHARE * budget / (call * ROUNDS * more * len(calls))))
+        times = [_time(stopwatch, collective, nbytes, choice, more, most) for collective, choice in calls]
         mine = json.dumps([time.perf_counter() - start, times]).encode()
         everyone = [json.loads(blob) for blob in exchange(mine)]
         for index, (collective, choice) in enumerate(calls):
@@ -106,11 +115,11 @@ def calibrate(
             else:
                 samples.append(Sample(nbytes, choice, took))
         elapsed = max(theirs[0] for theirs in everyone)
+        call = median(sample.seconds for sample in samples[-len(calls) :])
         last, spent, before = elapsed - spent, elapsed, nbytes
     progress("fitting")
-    table = _fitted(samples, natives, place, link, start) if stopwatch.transport.rank == 0 else None
-    blob = json.dumps(table.to_json()).encode() if table else b""
-    return Table.from_json(json.loads(exchange(blob)[0]))
+    rank = stopwatch.transport.rank
+    return Table.from_json(from_rank_0(rank, exchange, lambda: _fitted(samples, natives, place, link, start).to_json()))
 
 
 def _calls(nbytes: int, place: Place) -> Iterator[tuple[Collective, Choice]]:
@@ -127,12 +136,14 @@ def _calls(nbytes: int, place: Place) -> Iterator[tuple[Collective, Choice]]:
             yield collective, Choice(algorithm, PROTOCOLS[0], place.slot_bytes // 4, 1)
 
 
-def _time(stopwatch: Stopwatch, collective: Collective, nbytes: int, choice: Choice, more: int = 1) -> list[float]:
-    """This rank's seconds for a call, a number for each round."""
+def _time(
+    stopwatch: Stopwatch, collective: Collective, nbytes: int, choice: Choice, more: int = 1, most: int = 50
+) -> list[float]:
+    """This rank's seconds for a call, a number for each round, of at most so many calls each."""
     subject = stopwatch.subject(collective, nbytes, choice)
-    calls, rounds = max(1, min(50, (128 << 10) // nbytes)), ROUNDS if nbytes < 8 << 20 else 2
+    calls, rounds = max(1, min(50, most, (128 << 10) // nbytes)), ROUNDS if nbytes < 8 << 20 else 2
     if isinstance(stopwatch.transport, ShmTransport):
-        stopwatch.seconds(subject, max(1, calls // 4))
+        stopwatch.seconds(subject, 1 + calls // 4)
     else:
         calls, rounds = min(2, calls), 2
     return [stopwatch.seconds(subject, calls) for _ in range(more * rounds)]

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...algorithms import Algorithm, Collective, algorithms, lookup
+from ...algorithms import Algorithm, Collective, algorithms, lookup, registry
 from ...algorithms.cost import counts as measured_counts
 from ...algorithms.groups import written
 from ...algorithms.model import KINDS, Floats, Outline, Runs, Walk, seconds
@@ -52,6 +52,7 @@ class Place:
         shared: whether ranks of a host share memory, so that protocols matter.
         natives: what the engine has of its own.
         reproducible: whether only canonical algorithms will do.
+        protocol: the only one, where somebody has named it for all plans.
     """
 
     hosts: tuple[tuple[int, ...], ...]
@@ -61,6 +62,7 @@ class Place:
     shared: bool = True
     natives: frozenset[Collective] = frozenset()
     reproducible: bool = False
+    protocol: str | None = None
 
     @property
     def size(self) -> int:
@@ -175,6 +177,14 @@ def _variants(collective: Collective, place: Place) -> Iterator[Algorithm]:
 _LIBRARY = Algorithm.__module__.rpartition(".")[0]
 
 
+def _forget() -> None:
+    schedules.cache_clear()
+    pricing.cache_clear()
+
+
+registry.on_redefinition.append(_forget)
+
+
 def candidates(collective: Collective, nbytes: int, place: Place, table: Table) -> list[Candidate]:
     """All candidates for a call on a vector of so many bytes, priced."""
     found = _plain(collective, nbytes, place, table)
@@ -272,6 +282,8 @@ def _choices(algorithm: Algorithm, nbytes: int, place: Place) -> list[Choice]:
     protocols: tuple[str | None, ...] = (None,)
     if place.shared and block * largest > INLINE:
         protocols = PROTOCOLS if block * largest >= LENT_FROM else PROTOCOLS[:2]
+        if place.protocol is not None:
+            protocols = (place.protocol,)
     whole = place.slot_bytes // largest
     # A longest message matters where some are longer.
     segments = [None, place.slot_bytes // 4] if block > whole // 4 >= ALIGNMENT else [None]

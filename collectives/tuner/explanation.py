@@ -9,6 +9,9 @@ from ...algorithms.words import count, in_words
 from .candidates import Candidate
 from .choice import Choice
 
+PLAIN = 1.02
+"""A composition, or segments and lanes other than the transport's own, must be so many times as fast."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -16,6 +19,7 @@ class Explanation:
 
     Attributes:
         collective, nbytes, hosts: the call: what, on how many bytes, among which ranks.
+        cores: of a host, for its ranks.
         choice: what runs it.
         source: "argument", "environment", "rule", "chooser", "measured" or "predicted".
         reason: the same in words.
@@ -27,6 +31,7 @@ class Explanation:
     collective: Collective
     nbytes: int
     hosts: tuple[tuple[int, ...], ...]
+    cores: int
     choice: Choice
     source: str
     reason: str
@@ -48,6 +53,7 @@ class Explanation:
             "collective": self.collective.value,
             "bytes": self.nbytes,
             "hosts": [list(host) for host in self.hosts],
+            "cores": self.cores,
             "choice": self.choice.name,
             "source": self.source,
             "reason": self.reason,
@@ -73,8 +79,10 @@ class Explanation:
         shown = [one for one in self.candidates if every or one in best or one.choice == self.choice]
         ranks = count(sum(map(len, self.hosts)), "rank")
         where = f"{ranks} on {count(len(self.hosts), 'host')}"
+        near = f" {self.link}" if max(map(len, self.hosts)) > 1 else ""
+        cores = f"{self.cores}{near} core{'s' * (self.cores != 1)} for those of a host"
         lines = [
-            f"{self.collective.value} of {in_words(self.nbytes)} among {where}, {self.link} cores",
+            f"{self.collective.value} of {in_words(self.nbytes)} among {where}, {cores}",
             f"constants: {self.origin}",
             "",
             f"{'':2}{'predicted':>12} = {'alpha':>10} + {'beta':>10} + {'gamma':>10}  {'measured':>10}  candidate",
@@ -106,7 +114,9 @@ class Explanation:
             return why
         next_best = min(others, key=lambda one: one.seconds)
         if next_best.seconds < mine.seconds:
-            return f"{why} of the sizes near this one"
+            slower = mine.seconds / next_best.seconds
+            plain = f"; {next_best.choice.name} promises {slower:.3f} times as much and is less plain"
+            return f"{why} for sizes near this one" if slower > PLAIN else why + plain
         gain = next_best.seconds / mine.seconds if mine.seconds else 1.0
         if gain < 1.005:
             return f"{why}, with {next_best.choice.name}"

@@ -36,6 +36,14 @@ HUBER = 0.15
 PRIOR = 0.02
 """The weight of what was known before, of a run's: it decides on what no run tells apart."""
 
+FLOOR = 0.05
+"""Of what was thought of a constant, what it is at least: nothing is for nothing, and noise may say so."""
+
+LEAST = (1e-8, 1e-11)
+"""What is thought of a constant at least: seconds, and seconds per byte."""
+
+PER_BYTE = (SEND, RECEIVE, LENT, COPY, FOLD, LENT_FOLD, FAR_BETA)
+
 PASSES = 5
 
 
@@ -73,7 +81,7 @@ def fit(samples: Sequence[Sample], place: Place, start: Floats, unknowns: Sequen
     """
     constants, weight = start.copy(), np.ones(len(samples))
     took = np.array([sample.seconds for sample in samples])
-    thought = np.array([max(start[ways[0], name], 1e-13) for name, ways in unknowns])
+    thought = np.array([max(start[ways[0], name], LEAST[name in PER_BYTE]) for name, ways in unknowns])
     passes = PASSES if place.size <= 8 else 2
     for number in range(passes + 1):
         counts = _counts(samples, place, constants)
@@ -88,9 +96,10 @@ def fit(samples: Sequence[Sample], place: Place, start: Floats, unknowns: Sequen
         known = total - columns @ np.array([constants[ways[0], name] for name, ways in unknowns])
         weight = 1 / np.sqrt(np.maximum(1.0, np.abs(errors) / HUBER)) if number else weight
         rows = columns * thought / took[:, None] * weight[:, None]
-        wanted = (1 - known / took) * weight
+        wanted = (1 - known / took) * weight - FLOOR * rows.sum(axis=1)
         prior = PRIOR * np.sqrt(len(samples)) * np.eye(len(unknowns))
-        found = _non_negative(np.concatenate([rows, prior]), np.concatenate([wanted, prior.sum(axis=1)])) * thought
+        above = _non_negative(np.concatenate([rows, prior]), np.concatenate([wanted, (1 - FLOOR) * prior.sum(axis=1)]))
+        found = (FLOOR + above) * thought
         # The path changes with the constants: half a step, until the last.
         share = 1.0 if number == passes - 1 else 0.5
         for (name, ways), value in zip(unknowns, found):

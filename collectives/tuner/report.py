@@ -58,7 +58,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.calls:
-            return f"constants: {self.origin}\nno call has been timed yet: a plan's runs are, now and then"
+            return f"constants: {self.origin}\nno call has been timed yet: of each kind of call one in sixteen is"
         lines = [
             f"constants: {self.origin}",
             f"{'collective':<15}{'up to':>9}  {'predicted':>12}{'measured':>12}{'ratio':>7}  choice",
@@ -66,11 +66,11 @@ class Report:
         for call in self.calls:
             lines.append(
                 f"{call.collective.value:<15}{in_words(call.nbytes):>9}  {call.predicted * 1e6:>9.2f} us"
-                f"{call.measured * 1e6:>9.2f} us{call.ratio:>7.2f}  {call.choice}" + "  <- parts" * call.parts
+                f"{call.measured * 1e6:>9.2f} us{call.ratio:>7.2f}  {call.choice}" + "  <- off" * call.parts
             )
         parted = len(self.drifted)
         lines.append(
-            f"{parted} of {len(self.calls)} part by more than {LIMIT:g} times"
+            f"{parted} of {len(self.calls)} are off by more than {LIMIT:g} times"
             + (": measure anew with `abccl tune`, or ask whether ranks come late" if parted else "")
         )
         return "\n".join(lines)

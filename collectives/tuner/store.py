@@ -72,12 +72,12 @@ def load(key: Mapping[str, Any]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ArgumentError) as error:
-        _warn("read", file, f"can not be read: {_reason(error)}. It is measured anew.")
+        _warn("read", file, f"can not be read: {_reason(error)}. It is passed over.")
         return None
     try:
         return _content(data, key)
     except (ValueError, RecursionError) as error:
-        _warn("read", file, f"is damaged: {error}. It is measured anew and replaced.")
+        _warn("read", file, f"is damaged: {error}. It is passed over; who measures anew replaces it.")
         return None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ class Table:
     measured: Mapping[str, tuple[Measured, ...]] = field(default_factory=dict)
     chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def told(self) -> str:
+        """Its origin, and how well the constants explain what they were fitted to."""
+        if not self.residual:
+            return self.origin
+        return f"{self.origin}; half of the times that they come from are met within {self.residual:.0%}"
+
     def at(self, protocol: str, nbytes: int) -> Floats:
         """The constants (`NAMES`) for vectors of so many bytes, between those that were measured."""
         place = [_log2(size) for size in self.sizes]
@@ -70,7 +78,12 @@ class Table:
         points = self.natives.get(collective, ())
         if len(points) < 2:
             return None
-        return _between([size for size, _ in points], [seconds for _, seconds in points], nbytes, beyond=True)
+        largest, last = points[-1]
+        if nbytes > largest:
+            return last * nbytes / largest
+        # A longer vector takes no less time, whatever a disturbed measurement says.
+        rising = itertools.accumulate((seconds for _, seconds in points), max)
+        return _between([size for size, _ in points], list(rising), nbytes)
 
     def to_json(self) -> dict[str, Any]:
         """It as JSON has it."""
@@ -108,8 +121,8 @@ class Table:
             for ascending in (sizes, *([size for size, _ in points] for points in natives.values())):
                 if sorted(set(ascending)) != list(ascending) or not all(0 < size <= sys.maxsize for size in ascending):
                     raise ValueError(f"sizes must ascend, and are {ascending}")
-            if not sizes or not all(isinstance(one.nbytes, int) for found in measured.values() for one in found):
-                raise ValueError("a size is missing, or no number")
+            if not sizes or not all(_is_whole(one) for found in measured.values() for one in found):
+                raise ValueError("there are no sizes, or a measured time lacks what was measured")
             if set(constants) != set(PROTOCOLS) or any(len(row) != len(sizes) for r in constants.values() for row in r):
                 raise ValueError("constants want a row of as many numbers as there are sizes, for each protocol")
             if not all(math.isfinite(x) and x >= 0 for x in numbers):
@@ -119,11 +132,28 @@ class Table:
             raise ArgumentError(f"this is no table of the tuner: {type(error).__name__}: {error}") from error
 
 
+@lru_cache(64)
+def table_of(text: str) -> Table:
+    """The table that this JSON is; one object for all who have the same, so that they share what it has chosen.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    return Table.from_json(json.loads(text))
+
+
 @cache
 def built_in(link: str) -> Table:
     """The table that is used where nothing was measured: of two ranks on two cores."""
     tables = json.loads((Path(__file__).parent / "built_in.json").read_text(encoding="utf-8"))
     return Table.from_json(tables[link])
+
+
+def _is_whole(one: Measured) -> bool:
+    """Whether the fields that say what was measured are of their types."""
+    counts = (one.segment, one.lanes)
+    named = isinstance(one.algorithm, str) and one.protocol in (None, *PROTOCOLS)
+    return named and isinstance(one.nbytes, int) and all(c is None or isinstance(c, int) for c in counts)
 
 
 def _log2(number: float) -> float:
@@ -132,15 +162,13 @@ def _log2(number: float) -> float:
     return exponent - 2 + 2 * fraction
 
 
-def _between(places: Sequence[float], values: Sequence[float], at: float, beyond: bool = False) -> float:
-    """The value at a place: straight between its neighbours; that of the nearest, or straight on, beyond the ends."""
+def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The value at a place: straight between its neighbours; that of the nearest beyond the ends."""
     after = next((index for index, place in enumerate(places) if place >= at), len(places))
     if after == 0 or len(places) == 1:
         return values[0]
     if after == len(places):
-        if not beyond:
-            return values[-1]
-        after -= 1
+        return values[-1]
     left, right = places[after - 1], places[after]
     share = (at - left) / (right - left)
-    return max(values[after - 1] + share * (values[after] - values[after - 1]), 0.0)
+    return values[after - 1] + share * (values[after] - values[after - 1])

@@ -15,13 +15,10 @@ from ...errors import ArgumentError, UnknownAlgorithm
 from . import asked
 from .candidates import Candidate, Place, candidates, is_composed, native, on_hosts, priced
 from .choice import Choice
-from .explanation import Explanation
+from .explanation import PLAIN, Explanation
 from .report import Drift, Report
 from .rules import Rule
 from .table import Measured, Table
-
-PLAIN = 1.02
-"""A composition, or segments and lanes other than the transport's own, must be so many times as fast."""
 
 AlgorithmLike = Algorithm | Choice | str | None
 """An algorithm, its name, a Choice with all that can be chosen, or None: let the tuner choose."""
@@ -70,6 +67,8 @@ def register_chooser(chooser: Chooser) -> Chooser:
 
 def unregister_chooser(chooser: Chooser) -> None:
     """Ask it no more."""
+    if chooser not in _choosers:
+        raise ArgumentError(f"unregister_chooser: {chooser!r} is no chooser that was registered")
     _choosers.remove(chooser)
 
 
@@ -170,13 +169,15 @@ class Tuner:
     def explain(self, collective: Collective, nbytes: int, wanted: AlgorithmLike = None) -> Explanation:
         """Every candidate for a call, with its parts, and why the winner won: see `Explanation`."""
         decision = self.decide(collective, nbytes, wanted)
+        if decision.choice.algorithm == asked.NATIVE and not self._has_native(collective):
+            raise ArgumentError(f"{collective.value}: what carries messages here has none of its own: leave out native")
         found = self.candidates(collective, nbytes)
         forced, algorithm = decision.choice, decision.choice.algorithm
         if isinstance(algorithm, Algorithm) and all(one.choice != forced for one in found):
             found += priced(algorithm, [forced], nbytes, self.place, self.table)
         return Explanation(
-            collective, nbytes, self.place.hosts, forced, decision.source, decision.reason, tuple(found),
-            self.table.origin, self.link,
+            collective, nbytes, self.place.hosts, self.place.cores, forced, decision.source, decision.reason,
+            tuple(found), self.table.told, self.link,
         )  # fmt: skip
 
     def watch(
@@ -189,11 +190,11 @@ class Tuner:
     def report(self) -> Report:
         """Predictions and running medians of the calls that this rank made: see `Report`."""
         drifts = []
-        for (collective, nbytes), (candidate, median) in self._watched.items():
+        for (collective, nbytes), (candidate, median) in list(self._watched.items()):
             took = median()
             if took is not None:
                 drifts.append(Drift(collective, nbytes, candidate.choice.name, candidate.seconds, took))
-        return Report(tuple(sorted(drifts, key=lambda d: (d.collective.value, d.nbytes))), self.table.origin)
+        return Report(tuple(sorted(drifts, key=lambda d: (d.collective.value, d.nbytes))), self.table.told)
 
     def _fastest(self, collective: Collective, nbytes: int) -> Candidate:
         key = (self.place, collective, nbytes)
@@ -207,6 +208,8 @@ class Tuner:
 
     def _choice(self, collective: Collective, wanted: Any) -> Choice:
         if isinstance(wanted, Choice):
+            if (wanted.lanes or 0) > self.place.lanes:
+                raise ArgumentError(f"{wanted.lanes} lanes are asked for, and this transport has {self.place.lanes}")
             return replace(wanted, algorithm=self._algorithm(collective, wanted.algorithm))
         return Choice(self._algorithm(collective, wanted))
 
@@ -219,8 +222,10 @@ def _worth(candidate: Candidate) -> float:
     """Seconds, and something for each departure from what is plain."""
     choice = candidate.choice
     composed = isinstance(choice.algorithm, Algorithm) and is_composed(choice.algorithm)
-    departures = composed + (choice.segment is not None) + (choice.lanes is not None)
-    return candidate.seconds * PLAIN**departures
+    worth = candidate.seconds
+    for departs in (composed, choice.segment is not None, choice.lanes is not None):
+        worth = worth * PLAIN if departs else worth
+    return worth
 
 
 def _measured(known: Sequence[Measured], choice: Choice, nbytes: int) -> float | None:

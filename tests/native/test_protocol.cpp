@@ -1,6 +1,8 @@
 // Checks that a plan finds the fastest way, follows when another becomes the fastest, and is not misled by a slow run.
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
+#include <random>
 
 #include "../../transports/native/protocol.hpp"
 
@@ -169,6 +171,13 @@ void test_seen() {
     expect(seen.median() == 9.0, "the median of nine");
     for (int i = 0; i < 5; ++i) seen.add(0.5);
     expect(seen.median() == 0.5, "only the last nine count");
+    std::mt19937 random(5);
+    double last_nine[] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+    for (int i = 0; i < 100; ++i) {
+        std::shuffle(std::begin(last_nine), std::end(last_nine), random);
+        for (double seconds : last_nine) seen.add(seconds);
+        expect(seen.median() == 5.0, "the median in whatever order");
+    }
 }
 
 }  // namespace

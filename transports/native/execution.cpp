@@ -43,9 +43,8 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         const size_t run_bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
         way_ = plan.protocol.next(way_, can_lend, run_bytes, endpoint_.geometry().to_peer());
         measures_ = plan.protocol.measures() || (plan.receives && plan.protocol.is_short());
-    } else {
-        measures_ = plan.seen.samples();
     }
+    if (plan.seen.samples()) measures_ = true;
     if (measures_) started_ = Clock::now();
     if (forced) {
         way_ = *forced;
