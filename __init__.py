@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         send,
     )
     from abccl.collectives import (
+        Call,
         Choice,
         Communicator,
         Work,
@@ -52,6 +53,7 @@ __all__ = [
     "AbcclError",
     "Aborted",
     "ArgumentError",
+    "Call",
     "Choice",
     "ClosedError",
     "Collective",

@@ -340,7 +340,6 @@ class _Pass:
         self.path = [np.zeros((len(NAMES), self.runs_there)) for _ in range(walk.size)]
         self.shared = [False] * walk.size
         self.time = [np.zeros(self.runs_there) for _ in range(walk.size)]
-        self.leaving = [np.zeros(self.runs_there) for _ in walk.hosts]
         self.sent: list[tuple[Floats, Floats, Floats | None]] = []
 
     def total(self) -> Floats:
@@ -350,13 +349,14 @@ class _Pass:
         busy = [self.walk.work(rank, runs) for rank in range(self.walk.size)]
         self._go()
         _, first = _last(self.time, self.path)
-        begins = slowest([first, *self._crowded(busy)], runs.constants)
+        begins = slowest([first, *self._crowded(busy), *self._card(busy, 1)], runs.constants)
         if not (runs.segments > 1).any():
             return begins
         self.shared = [True] * self.walk.size
         self._go()
         _, second = _last(self.time, self.path)
-        every = [(second - first) / runs.lanes, *busy, *self._crowded(busy), *self._card(busy)]
+        again = _positive(second - first, runs.constants)
+        every = [again / runs.lanes, *busy, *self._crowded(busy), *self._card(busy, 0)]
         return begins + (runs.segments - 1) * slowest(every, runs.constants)
 
     def _go(self) -> None:
@@ -388,12 +388,9 @@ class _Pass:
                     self.shared[rank] = True
 
     def _post_far(self, rank: int, amount: Floats) -> None:
-        """A message goes over the network card of the rank's host, behind those that the walk has met before."""
-        beta, host = self.runs.constants[FAR_BETA], self.walk.host_of[rank]
-        waits = np.maximum(self.leaving[host] - self.time[rank], 0.0)
-        self.leaving[host] = self.time[rank] + waits + amount * beta
-        on_the_card = amount + waits / np.maximum(beta, 1e-30)
-        self.sent.append((self.leaving[host] + self.runs.constants[FAR_ALPHA], self.path[rank], on_the_card))
+        """A message goes over the network card of the rank's host: see `_card` for what its ranks share."""
+        far_alpha, beta = self.runs.constants[FAR_ALPHA], self.runs.constants[FAR_BETA]
+        self.sent.append((self.time[rank] + amount * beta + far_alpha, self.path[rank], amount))
 
     def _receive(self, rank: int, time: Floats, path: Floats, on_the_card: Floats | None) -> None:
         """Wait for a message, if it is not there yet."""
@@ -422,10 +419,11 @@ class _Pass:
             if cores < len(host):
                 yield sum((busy[rank] for rank in host[1:]), busy[host[0]]) / cores
 
-    def _card(self, busy: Sequence[Floats]) -> Iterator[Floats]:
-        """What a host's network card has to carry."""
+    def _card(self, busy: Sequence[Floats], messages: int) -> Iterator[Floats]:
+        """What a host's network card has to carry, and the latency of so many messages."""
         for host in self.walk.hosts if len(self.walk.hosts) > 1 else ():
             counts = np.zeros_like(busy[0])
+            counts[LAUNCH] = counts[FAR_ALPHA] = messages
             counts[FAR_BETA] = sum(self.walk.leaving[rank] for rank in host) * self.runs.block
             yield counts
 
@@ -436,6 +434,12 @@ def _last(times: Sequence[Floats], paths: Sequence[Floats]) -> tuple[Floats, Flo
         later = other_time > time
         time, path = np.where(later, other_time, time), np.where(later, other, path)
     return time, path
+
+
+def _positive(counts: Floats, constants: Floats) -> Floats:
+    """Counts between two different paths, without those below zero; they take as long."""
+    positive = np.maximum(counts, 0.0)
+    return positive * (seconds(counts, constants) / np.maximum(seconds(positive, constants), 1e-30))
 
 
 def slowest(counts: Sequence[Floats], constants: Floats) -> Floats:

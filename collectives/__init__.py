@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .communicator import Communicator, connect, init
     from .launch import spawn
     from .tuner.choice import Choice
-    from .tuner.tuner import register_chooser, unregister_chooser
+    from .tuner.tuner import Call, register_chooser, unregister_chooser
     from .work import Work
 
 __all__ = [
+    "Call",
     "Choice",
     "Communicator",
     "Work",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Call": ".tuner.tuner",
     "Choice": ".tuner.choice",
     "Communicator": ".communicator",
     "Work": ".work",

@@ -35,6 +35,7 @@ PUBLIC_NAMES = {
     "premul_sum",
     "spawn",
     # to choose algorithms
+    "Call",
     "Choice",
     "register_chooser",
     "unregister_chooser",

@@ -452,23 +452,22 @@ def test_a_report_has_what_was_timed() -> None:
 def test_calls_are_timed_as_they_run() -> None:
     """Without being asked, one of 16 and those that find the fastest way; on each rank."""
 
-    def body(c: Communicator) -> Report:
+    def body(c: Communicator) -> tuple[Report, Candidate | None]:
         with c:
             short, long = np.ones(16, "float32"), np.ones(50_000, "float32")
             for _ in range(200):
                 c.all_reduce(short)
                 c.all_reduce(long)
                 c.broadcast(short, algorithm="tree")
-            return c.tuner.report()
+            return c.tuner.report(), c.tuner.decide(C.ALL_REDUCE, 64).candidate
 
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(body, [Communicator(transport, timeout=60) for transport in shm_threads(2)]))
-    for report in reports:
+    for report, known in reports:
         short, long = report.calls
         assert (short.collective, short.nbytes, long.nbytes) == (C.ALL_REDUCE, 64, size_class(200_000))
         assert 0 < short.measured < 10 and 0 < long.measured < 10
-        there = [Tuner(Place(((0, 1),), 2, 128 << 10, 4), built_in(link)) for link in LINKS]
-        assert short.predicted in [tuner.decide(C.ALL_REDUCE, 64).candidate.seconds for tuner in there]
+        assert known and short.predicted == known.seconds
 
 
 def test_a_candidate_can_be_replaced() -> None:

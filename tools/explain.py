@@ -23,7 +23,11 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--algorithm", metavar="NAME", help="Ask for one, as algorithm= of a call does.")
 @click.option("--all", "every", is_flag=True, help="Every candidate, not the best of each algorithm.")
 @click.option("--json", "as_json", is_flag=True, help="As data, times in seconds.")
-@click.option("--file", type=FILE, help="A Python file that registers algorithms or choosers of your own.")
+@click.option(
+    "--file",
+    type=FILE,
+    help="A Python file that registers choosers, or algorithms, of your own; --algorithm must name one to see its price.",
+)
 @click.option("--table", type=FILE, help="A file of the tuner's, of this machine or another.")
 @click.option("--link", type=click.Choice(["near", "far"]), help="Of the tables kept here, only those of such cores.")
 def explain(
@@ -47,7 +51,7 @@ def explain(
     times that `abccl tune` found. The winner is marked by >.
 
     The constants are the newest that were measured on this machine among so many ranks on so many hosts, else the
-    built-in ones: the second line says which. ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for
+    built-in ones: the second line says which. Hosts are taken to have as many cores as this one: the first line says. ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for
     a communicator.
 
     \b
