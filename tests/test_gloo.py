@@ -35,15 +35,15 @@ def soon() -> float:
     return time.monotonic() + PATIENCE
 
 
-def connect(size: int, store: Any = None) -> list[GlooTransport]:
+def connect(size: int, store: Any = None, patience: float = PATIENCE) -> list[GlooTransport]:
     store = store or torch.distributed.HashStore()
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: GlooTransport(store, rank, size, PATIENCE), range(size)))
+        return list(pool.map(lambda rank: GlooTransport(store, rank, size, patience), range(size)))
 
 
 @contextmanager
-def make(size: int) -> Iterator[Sequence[GlooTransport]]:
-    transports = connect(size)
+def make(size: int, patience: float = PATIENCE) -> Iterator[Sequence[GlooTransport]]:
+    transports = connect(size, patience=patience)
     try:
         yield transports
     finally:
@@ -145,6 +145,18 @@ def test_a_message_of_many_megabytes() -> None:
 
     with make(2) as transports:
         conformance.run_ranks(transports, main, PATIENCE)
+
+
+def test_ranks_may_be_silent_for_longer_than_they_had_to_connect() -> None:
+    patience = 2.0
+    with make(2, patience) as transports:
+        silence = time.monotonic() + 1.5 * patience
+        while time.monotonic() < silence:
+            for transport in transports:
+                transport.progress()
+            threading.Event().wait(0.05)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(meet, transports))
 
 
 def test_a_bell_rings_when_something_has_come() -> None:

@@ -350,7 +350,7 @@ class GlooTransport(Transport):
         try:
             while True:
                 work, buffer = channel.posted[0]
-                work.wait()
+                work.wait(FOREVER)  # else it gives up after the time that ranks had to connect
                 channel.posted.popleft()
                 channel.received += 1
                 if buffer[0] == _Kind.ABORT:
