@@ -26,7 +26,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--file",
     type=FILE,
-    help="A Python file that registers choosers, or algorithms, of your own; --algorithm must name one to see its price.",
+    help="A Python file that registers choosers or algorithms of your own; of these --algorithm shows one.",
 )
 @click.option("--table", type=FILE, help="A file of the tuner's, of this machine or another.")
 @click.option("--link", type=click.Choice(["near", "far"]), help="Of the tables kept here, only those of such cores.")
@@ -51,8 +51,8 @@ def explain(
     times that `abccl tune` found. The winner is marked by >.
 
     The constants are the newest that were measured on this machine among so many ranks on so many hosts, else the
-    built-in ones: the second line says which. Hosts are taken to have as many cores as this one: the first line says. ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for
-    a communicator.
+    built-in ones: the second line says which. Hosts are taken to have as many cores as this one, as the first line says.
+    ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for a communicator.
 
     \b
     abccl explain all_reduce 25MB --ranks 8 --hosts 2
