@@ -51,8 +51,8 @@ def explain(
     times that `abccl tune` found. The winner is marked by >.
 
     The constants are the newest that were measured on this machine among so many ranks on so many hosts, else the
-    built-in ones: the second line says which. Hosts are taken to have as many cores as this one, as the first line says.
-    ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for a communicator.
+    built-in ones: the second line says which. Hosts are taken to have as many cores as this one, which the first
+    line says. ABCCL_ALGORITHM, ABCCL_RULES and the other variables hold as they do for a communicator.
 
     \b
     abccl explain all_reduce 25MB --ranks 8 --hosts 2
