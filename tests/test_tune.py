@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from abccl.tools.tune import ladder
 
 C = Collective
 ABCCL = Path(sys.executable).parent / "abccl"
+MOVED = "the cores have moved meanwhile"
 QUICK = ("--sizes", "4K:16K:4", "--seconds", "0.002", "--best", "2")
 
 
@@ -47,11 +50,22 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def tuned(*arguments: str, starter: Sequence[str] = ()) -> str:
-    """What `abccl tune` prints; it must do well."""
+    """What `abccl tune` prints; it must do well. Once more, from the same cache, if a hypervisor has moved cores."""
     command = [*starter, str(ABCCL), "tune", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    kept = Path(os.environ[store.ENVIRONMENT])
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        if kept.exists():
+            shutil.copytree(kept, before)
+        for _ in range(8):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            assert done.returncode == 0, done.stdout + done.stderr
+            if MOVED not in done.stdout:
+                return done.stdout
+            shutil.rmtree(kept, ignore_errors=True)
+            if before.exists():
+                shutil.copytree(before, kept)
+    pytest.fail("the cores moved eight times in a row")
 
 
 def kept(cache: Path) -> Table:
@@ -87,7 +101,7 @@ def test_communicators_go_by_what_was_measured(cache: Path, here: ModuleType) ->
     found = abccl.spawn(here.explanations, 2)
     assert found[0] == found[1]
     between, beyond = found[0]
-    assert between["origin"] == beyond["origin"] == table.origin
+    assert between["origin"] == beyond["origin"] == table.told
     assert between["source"] == "measured" and beyond["source"] == "predicted"
     assert between["choice"] in [one["choice"] for one in between["candidates"] if one["measured"] is not None]
 
