@@ -138,8 +138,7 @@ class Walk:
         self, algorithm: Algorithm, size: int, root: int = 0, hosts: Sequence[Sequence[int]] = (), in_place: bool = True
     ) -> None:
         self.size = size
-        self.hosts = [list(host) for host in hosts] or [list(range(size))]
-        self.host_of = {rank: number for number, host in enumerate(self.hosts) for rank in host}
+        self.hosts, self.host_of = _by_host(hosts, size)
         self.in_place = in_place
         self.events = self._ordered([decode(lower(algorithm, rank, size, root).code) for rank in range(size)])
         self._add_up()
@@ -181,7 +180,6 @@ class Walk:
                 raise ScheduleError(
                     "all ranks wait for messages that none sends: `abccl verify` names the step of the schedule"
                 )
-        self.messages = len(lends)
         return events
 
     def _far(self, source: int, destination: int) -> int:
@@ -256,8 +254,7 @@ class Outline:
         in_place: bool = True,
     ) -> None:
         self.steps, self.size = steps, size
-        self.hosts = [list(host) for host in hosts] or [list(range(size))]
-        self.host_of = {rank: number for number, host in enumerate(self.hosts) for rank in host}
+        self.hosts, self.host_of = _by_host(hosts, size)
         self.far_steps, self.leaving = self._far(algorithm)
         self.works = [self._work(algorithm, rank, in_place) for rank in (0, size // 2)]
         sent = sum(work[1][SEND] for work in self.works)
@@ -325,6 +322,12 @@ class Outline:
         first[ALPHA] += self.steps - self.far_steps
         first[FAR_ALPHA] += self.far_steps
         return first + (runs.segments - 1) * every
+
+
+def _by_host(hosts: Sequence[Sequence[int]], size: int) -> tuple[list[list[int]], dict[int, int]]:
+    """The ranks of each host, all on one if none is named, and the number of each rank's host."""
+    named = [list(host) for host in hosts] or [list(range(size))]
+    return named, {rank: number for number, host in enumerate(named) for rank in host}
 
 
 _LENT_NAMES = {RECEIVE: LENT, FOLD: LENT_FOLD}

@@ -39,7 +39,6 @@ class Stopwatch:
         self.transport, self._bind = transport, bind
         self._memory = np.zeros(0, np.float32)
         self._barrier = bind(Collective.BARRIER, None, None, None, 0, "recursive_doubling")
-        self._between = 0.0
 
     def subject(self, collective: Collective, nbytes: int, choice: Choice) -> Subject:
         """A call on a vector of at least so many bytes (see `Tuner.decide`); it begins with zeros."""

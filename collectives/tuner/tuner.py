@@ -180,10 +180,8 @@ class Tuner:
             tuple(found), self.table.told, self.link,
         )  # fmt: skip
 
-    def watch(
-        self, collective: Collective, nbytes: int, decision: Decision, median: Callable[[], float | None]
-    ) -> None:
-        """From now on compare what a plan takes with what was said of it: `median` gives its running median."""
+    def watch(self, collective: Collective, nbytes: int, decision: Decision, median: Median) -> None:
+        """From now on compare what a plan takes with what was said of it."""
         if decision.candidate is not None:
             self._watched[collective, size_class(nbytes)] = (decision.candidate, median)
 
