@@ -12,8 +12,9 @@ NATIVE := build/native.stamp
 # The tools, torchrun and mpirun of the environment, without activating it.
 export PATH := $(VENV)/bin:$(PATH)
 
-NATIVE_SOURCES := $(wildcard transports/native/*.cpp)
-NATIVE_HEADERS := $(wildcard transports/native/*.hpp transports/native/*.inc)
+NATIVE_FOLDERS := transports/native algorithms/simulator/native
+NATIVE_SOURCES := $(wildcard $(NATIVE_FOLDERS:%=%/*.cpp))
+NATIVE_HEADERS := $(wildcard $(NATIVE_FOLDERS:%=%/*.hpp) $(NATIVE_FOLDERS:%=%/*.inc))
 # What runs without Python: the sources that do not bind to it.
 CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATIVE_SOURCES)))
 
@@ -137,13 +138,13 @@ LIMIT ?= 120
 JOBS ?= -j$(shell nproc)
 WITHOUT ?=
 OUT := build/native-$(VARIANT)
-CORE_OBJECTS := $(patsubst transports/native/%.cpp,$(OUT)/core/%.o,$(CORE_SOURCES))
+CORE_OBJECTS := $(CORE_SOURCES:%.cpp=$(OUT)/core/%.o)
 NATIVE_TESTS := $(filter-out $(WITHOUT:%=$(OUT)/%),\
 	$(patsubst tests/native/%.cpp,$(OUT)/%,$(wildcard tests/native/*.cpp)))
-COMPILE = $(CXX) -std=c++17 -g -Wall -Wextra -ffp-contract=off -pthread $(VARIANT_FLAGS) -Itransports/native
+COMPILE = $(CXX) -std=c++17 -g -Wall -Wextra -ffp-contract=off -pthread $(VARIANT_FLAGS) $(NATIVE_FOLDERS:%=-I%)
 
 .PRECIOUS: $(OUT)/core/%.o
-$(OUT)/core/%.o: transports/native/%.cpp $(NATIVE_HEADERS) Makefile
+$(OUT)/core/%.o: %.cpp $(NATIVE_HEADERS) Makefile
 	@mkdir -p $(@D)
 	@$(COMPILE) -c $< -o $@
 
@@ -176,5 +177,5 @@ sanitize-thread:
 		VARIANT_FLAGS='-O1 -Wno-tsan -fsanitize=thread' RUNNER='setarch -R env TSAN_OPTIONS=halt_on_error=1'
 
 clean: ## remove what was built, but not .venv
-	@rm -rf build dist *.egg-info transports/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info transports/_native*.so algorithms/simulator/_events*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOMS = [
     "algorithms",
+    "algorithms.simulator",
     "bench",
     "collectives",
     "collectives.buckets",
@@ -22,10 +23,21 @@ ROOMS = [
     "transports",
 ]
 
+DATA = ["*.json", "*.toml", "topologies/*.toml", "*.cu", "*.cuh", "*.pyi"]
+
 # A package whose folder is the root would take these modules along.
 NOT_IN_THE_WHEEL = {"setup", "conftest"}
 
-HEADERS = sorted(glob("transports/native/*.hpp") + glob("transports/native/*.inc"))
+# Modules in C++, with the folders of their sources.
+NATIVE = {
+    "abccl.transports._native": "transports/native",
+    "abccl.algorithms.simulator._events": "algorithms/simulator/native",
+}
+
+
+def headers(folder: str) -> list[str]:
+    """What the sources of a folder include."""
+    return sorted(glob(f"{folder}/*.hpp") + glob(f"{folder}/*.inc"))
 
 
 class BuildPy(build_py):
@@ -37,28 +49,32 @@ class BuildPy(build_py):
 
 
 def extensions() -> list[Pybind11Extension]:
-    """The native core; none with ABCCL_SKIP_NATIVE=1, for those who only want the Python files."""
-    sources = sorted(glob("transports/native/*.cpp"))
-    if not sources or os.environ.get("ABCCL_SKIP_NATIVE") == "1":
+    """The native parts; none with ABCCL_SKIP_NATIVE=1, for those who only want the Python files."""
+    if os.environ.get("ABCCL_SKIP_NATIVE") == "1":
         return []
+    return [extension(module, folder) for module, folder in NATIVE.items()]
+
+
+def extension(module: str, folder: str) -> Pybind11Extension:
+    """A module in C++, of all sources in a folder."""
     # Compilers contract a * b + c where the machine can, so the last bit would depend on the machine: not here. One
     # binary serves every machine (no -march=native); faster instruction sets are picked at load. pybind11 adds
     # -fvisibility=hidden.
-    native = Pybind11Extension(
-        "abccl.transports._native",
-        sources,
-        depends=HEADERS,
-        include_dirs=["transports/native"],
+    return Pybind11Extension(
+        module,
+        sorted(glob(f"{folder}/*.cpp")),
+        depends=headers(folder),
+        include_dirs=[folder],
         cxx_std=17,
         extra_compile_args=["-O3", "-falign-loops=64", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"],
         extra_link_args=["-pthread"],
     )
-    return [native]
 
 
 def outdated(obj: str, source: str) -> bool:
-    """Whether an object file is older than its source, any header, or the flags above."""
-    return any(os.path.getmtime(path) >= os.path.getmtime(obj) for path in (source, *HEADERS, "setup.py"))
+    """Whether an object file is older than its source, any header beside it, or the flags above."""
+    needed = (source, *headers(os.path.dirname(source)), "setup.py")
+    return any(os.path.getmtime(path) >= os.path.getmtime(obj) for path in needed)
 
 
 def main() -> None:
@@ -71,7 +87,7 @@ def main() -> None:
             # Not "*.toml" for the root: it would pack pyproject.toml.
             package_data={
                 "abccl": ["py.typed"],
-                **{f"abccl.{room}": ["*.json", "*.toml", "*.cu", "*.cuh", "*.pyi"] for room in rooms},
+                **{f"abccl.{room}": DATA for room in rooms},
             },
             include_package_data=False,  # MANIFEST.in is for source archives; package_data alone says what is packed
             ext_modules=extensions(),

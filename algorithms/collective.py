@@ -84,6 +84,18 @@ class Collective(Enum):
                 assert isinstance(block, int)
                 return (block,)
 
+    def bus_factor(self, size: int) -> float:
+        """What makes algorithm bandwidth a bus bandwidth, which tells what a link carries (nccl-tests)."""
+        match self:
+            case Collective.ALL_REDUCE:
+                return 2 * (size - 1) / size
+            case Collective.BROADCAST | Collective.REDUCE:
+                return 1.0
+            case Collective.BARRIER:
+                return 0.0
+            case _:
+                return (size - 1) / size
+
 
 _REDUCING = frozenset({Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE})
 _ROOTED = frozenset({Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER})

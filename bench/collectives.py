@@ -25,7 +25,6 @@ class Facts:
     Attributes:
         x_parts: whether the buffer `x` has a part for each rank.
         out_parts: whether `out` has.
-        bus: the bus factor, by the number of ranks.
         readers: how many ranks' input is needed, by the number of ranks.
         writers: how many ranks' result is not there already.
         both_ways: whether it can be called in place and out of place; else there is one natural form.
@@ -35,24 +34,11 @@ class Facts:
 
     x_parts: bool
     out_parts: bool
-    bus: Callable[[int], float]
     readers: Callable[[int], int]
     writers: Callable[[int], int]
     both_ways: bool = False
     in_place: bool = False
     chained: bool = True
-
-
-def _twice(ranks: int) -> float:
-    return 2 * (ranks - 1) / ranks
-
-
-def _others(ranks: int) -> float:
-    return (ranks - 1) / ranks
-
-
-def _whole(ranks: int) -> float:
-    return 1.0
 
 
 def _none(ranks: int) -> int:
@@ -72,15 +58,15 @@ def _all_but_one(ranks: int) -> int:
 
 
 FACTS = {
-    Collective.ALL_REDUCE: Facts(False, False, _twice, _all, _all, both_ways=True, in_place=True),
-    Collective.REDUCE_SCATTER: Facts(True, False, _others, _all, _all),
-    Collective.ALL_GATHER: Facts(False, True, _others, _all, _all),
-    Collective.ALL_TO_ALL: Facts(True, True, _others, _all, _all),
-    Collective.BROADCAST: Facts(False, False, _whole, _one, _all_but_one, in_place=True, chained=False),
-    Collective.REDUCE: Facts(False, False, _whole, _all, _one, both_ways=True, in_place=True, chained=False),
-    Collective.GATHER: Facts(False, True, _others, _all, _one, chained=False),
-    Collective.SCATTER: Facts(True, False, _others, _one, _all, chained=False),
-    Collective.BARRIER: Facts(False, False, _none, _none, _none),
+    Collective.ALL_REDUCE: Facts(False, False, _all, _all, both_ways=True, in_place=True),
+    Collective.REDUCE_SCATTER: Facts(True, False, _all, _all),
+    Collective.ALL_GATHER: Facts(False, True, _all, _all),
+    Collective.ALL_TO_ALL: Facts(True, True, _all, _all),
+    Collective.BROADCAST: Facts(False, False, _one, _all_but_one, in_place=True, chained=False),
+    Collective.REDUCE: Facts(False, False, _all, _one, both_ways=True, in_place=True, chained=False),
+    Collective.GATHER: Facts(False, True, _all, _one, chained=False),
+    Collective.SCATTER: Facts(True, False, _one, _all, chained=False),
+    Collective.BARRIER: Facts(False, False, _none, _none),
 }
 
 
@@ -157,7 +143,7 @@ class Case:
 
     def busbw(self, seconds: float) -> float:
         """Bus bandwidth in GB/s."""
-        return self.algbw(seconds) * self.facts.bus(self.ranks)
+        return self.algbw(seconds) * self.collective.bus_factor(self.ranks)
 
 
 def cases(

@@ -34,8 +34,8 @@ from abccl.collectives.tuner.tune import WAYS, Trial, Wish, trials, with_trials
 from abccl.collectives.tuner.tuner import Tuner
 from abccl.collectives.tuning import key_of
 from abccl.tools import blocks
+from abccl.tools.arguments import ladder
 from abccl.tools.cli import main
-from abccl.tools.tune import ladder
 
 C = Collective
 ABCCL = Path(sys.executable).parent / "abccl"

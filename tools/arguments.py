@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,22 +16,28 @@ from ..errors import ArgumentError
 
 
 def rank_numbers(text: str) -> list[int]:
-    """Numbers of ranks, written as in 1-40,64.
+    """Numbers of ranks, written as in 1-40,64; 6-100x2 is 6 and its doubles up to 100: 6, 12, 24, 48, 96.
 
     Raises:
         click.BadParameter: they are not.
     """
     found: set[int] = set()
     for word in text.split(","):
-        first, dash, last = word.partition("-")
-        try:
-            numbers = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            numbers = range(0)
-        if not numbers or numbers[0] < 1:
-            raise click.BadParameter(f"{word.strip()!r} is no number of ranks: wanted is something like 5 or 1-40,64")
-        found.update(numbers)
+        written = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?:x([2-9]|[1-9]\d{1,8}))?)?", word.strip(), re.ASCII)
+        first, last = (int(written[1]), int(written[2] or written[1])) if written else (0, 0)
+        if not written or not 1 <= first <= last:
+            wanted = "wanted is something like 5, 1-40,64 or 6-96x2"
+            raise click.BadParameter(f"{word.strip()!r} is no number of ranks: {wanted}")
+        found.update(ladder(first, last, int(written[3])) if written[3] else range(first, last + 1))
     return sorted(found)
+
+
+def ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """Numbers from the first on up to the last, each so many times the one before."""
+    found = [first]
+    while found[-1] * factor <= last:
+        found.append(found[-1] * factor)
+    return tuple(found)
 
 
 def load(path: Path) -> list[Algorithm]:

@@ -18,6 +18,7 @@ from ..collectives.tuner.table import Table
 from ..collectives.tuner.tune import FACTOR, Trial, Wish
 from ..collectives.tuning import ENVIRONMENT
 from ..errors import ArgumentError
+from .arguments import ladder
 from .terminal import console
 
 COLLECTIVES = (
@@ -241,11 +242,3 @@ def _tune_openmpi(
 
 def _cores() -> int:
     return max(2, len(os.sched_getaffinity(0)))
-
-
-def ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
-    """Sizes from the first on, each so many times the one before."""
-    found = [first]
-    while found[-1] * factor <= last:
-        found.append(found[-1] * factor)
-    return tuple(found)

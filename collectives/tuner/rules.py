@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...algorithms import Algorithm, Collective, algorithms, lookup, to_collective
+from ...algorithms.toml_file import Lines, load, read_text
 from ...algorithms.words import did_you_mean, to_bytes
 from ...errors import ArgumentError
 from ...transports.shm import PROTOCOLS
 from .asked import NATIVE
 from .choice import Choice
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -34,7 +30,6 @@ ENVIRONMENT = "ABCCL_RULES"
 _FIELDS = ("collective", "from", "to", "ranks", "hosts", "algorithm", "protocol", "segment", "lanes")
 _END = sys.maxsize
 _ANY = range(_END)
-_HEADER = re.compile(r"""^[ \t]*\[\[[ \t]*(?:rule|"rule"|'rule')[ \t]*\]\]""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -86,12 +81,7 @@ def read(path: str | Path) -> str:
     Raises:
         ArgumentError: it can not be read.
     """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"the rule file {path} can not be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ArgumentError(f"the rule file {path} is no text in UTF-8: {error}") from None
+    return read_text(path, "rule file")
 
 
 def parse(text: str, source: str) -> tuple[Rule, ...]:
@@ -104,14 +94,14 @@ def parse(text: str, source: str) -> tuple[Rule, ...]:
         ArgumentError: the file is not as it should be. The message names the rule, its line and the field.
     """
     try:
-        return tuple(_rules(tomllib.loads(text), text, source))
+        return tuple(_rules(load(text, source), Lines(text), source))
     except ArgumentError:
         raise
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{source} is no TOML: {error}") from None
 
 
-def _rules(document: dict[str, Any], text: str, source: str) -> Iterator[Rule]:
+def _rules(document: dict[str, Any], lines: Lines, source: str) -> Iterator[Rule]:
     begin = "begin each rule with a line [[rule]]"
     for name in document:
         if name != "rule":
@@ -119,11 +109,8 @@ def _rules(document: dict[str, Any], text: str, source: str) -> Iterator[Rule]:
     tables = document.get("rule", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ArgumentError(f"{source}: rule must be an array of tables: {begin}")
-    lines = [text.count("\n", 0, found.start()) + 1 for found in _HEADER.finditer(text)]
     for number, table in enumerate(tables, 1):
-        # Rules can be written in other ways, and a text may hold what looks like a header.
-        line = f" (line {lines[number - 1]})" if len(lines) == len(tables) else ""
-        where = f"{source}, rule {number}{line}"
+        where = f"{source}, rule {number} (line {lines['rule', number - 1]})"
         try:
             yield from _for_each_collective(table, where)
         except ArgumentError as error:

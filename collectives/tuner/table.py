@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...algorithms.interpolation import between, log2
 from ...algorithms.model import NAMES, Floats
 from ...errors import ArgumentError
 from ...transports.shm import PROTOCOLS
@@ -70,8 +71,8 @@ class Table:
 
     def at(self, protocol: str, nbytes: int) -> Floats:
         """The constants (`NAMES`) for vectors of so many bytes, between those that were measured."""
-        place = [_log2(size) for size in self.sizes]
-        return np.array([_between(place, values, _log2(nbytes)) for values in self.constants[protocol]])
+        place = [log2(size) for size in self.sizes]
+        return np.array([between(place, values, log2(nbytes)) for values in self.constants[protocol]])
 
     def native_seconds(self, collective: str, nbytes: int) -> float | None:
         """What the engine's own collective takes; None if it was not measured for two sizes at least."""
@@ -83,7 +84,7 @@ class Table:
             return last * nbytes / largest
         # A longer vector takes no less time, whatever a disturbed measurement says.
         rising = itertools.accumulate((seconds for _, seconds in points), max)
-        return _between([size for size, _ in points], list(rising), nbytes)
+        return between([size for size, _ in points], list(rising), nbytes)
 
     def to_json(self) -> dict[str, Any]:
         """It as JSON has it."""
@@ -154,21 +155,3 @@ def _is_whole(one: Measured) -> bool:
     counts = (one.segment, one.lanes)
     named = isinstance(one.algorithm, str) and one.protocol in (None, *PROTOCOLS)
     return named and isinstance(one.nbytes, int) and all(c is None or isinstance(c, int) for c in counts)
-
-
-def _log2(number: float) -> float:
-    """The logarithm, straight between powers of two: exact arithmetic, so that all processors agree."""
-    fraction, exponent = math.frexp(max(number, 1))
-    return exponent - 2 + 2 * fraction
-
-
-def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """The value at a place: straight between its neighbours; that of the nearest beyond the ends."""
-    after = next((index for index, place in enumerate(places) if place >= at), len(places))
-    if after == 0 or len(places) == 1:
-        return values[0]
-    if after == len(places):
-        return values[-1]
-    left, right = places[after - 1], places[after]
-    share = (at - left) / (right - left)
-    return values[after - 1] + share * (values[after] - values[after - 1])
