@@ -299,7 +299,9 @@ def test_wrong_arguments(changed: dict[str, object], message: str) -> None:
 def test_refusals_that_need_the_schedule() -> None:
     with pytest.raises(ArgumentError, match="tree shows no symmetry on 12 ranks of flat"):
         simulate(lookup(Collective.ALL_REDUCE, "tree"), 12, flat(), 8, method="symmetry")
-    with pytest.raises(ArgumentError, match="a closed form has no timeline"):
+    with pytest.raises(
+        ArgumentError, match="a closed form has no timeline: take fewer ranks or segments, or the method"
+    ):
         simulate(lookup(Collective.ALL_REDUCE, "ring"), 4, flat(), 8, method="closed form", record=True)
     with pytest.raises(ArgumentError, match="wants an even number of ranks, and there are 5"):
         simulate(lookup(Collective.ALL_GATHER, "neighbor_exchange"), 5, flat(), 8)

@@ -15,6 +15,7 @@ COMMANDS = {
     "draw": ".draw:draw",
     "algorithms": ".catalogue:catalogue",
     "explain": ".explain:explain",
+    "simulate": ".simulate:command",
     "tune": ".tune:tune",
     "bench": "..bench.__main__:bench",
 }

@@ -202,14 +202,18 @@ class _Task:
         if method == "auto" and self.method != CLOSED_FORM and self.operations() > MOST:
             self.method = CLOSED_FORM
         if record and self.method == CLOSED_FORM:
+            why = (
+                ""
+                if method == CLOSED_FORM
+                else f", and {self.algorithm.name} on {count(self.ranks, 'rank')} is too much for events"
+            )
             raise ArgumentError(
-                f"a closed form has no timeline, and {self.algorithm.name} on {count(self.ranks, 'rank')} is too much "
-                f'for events: take fewer ranks or segments, or the method "{EVENTS}"'
+                f'a closed form has no timeline{why}: take fewer ranks or segments, or the method "{EVENTS}"'
             )
 
     def operations(self) -> int:
         """About how many operations the ranks have that would be walked over, by some of them."""
-        some = sorted({0, self.ranks // 2, self.ranks - 1})
+        some = [0] if self.method == SYMMETRY else sorted({0, self.ranks // 2, self.ranks - 1})
         messages = sum(
             len(step) for rank in some for step in self.algorithm.program(rank, self.ranks, self.root)
         ) / len(some)
@@ -237,11 +241,12 @@ class _Task:
             self.in_place,
             record,
         )
-        for code in self.lowered():
+        # Writing the schedules down and walking over them take about as long as each other.
+        for code in self.lowered(lambda done: progress(done / 2)):
             engine.add(code)
         start = time.perf_counter()
         while not engine.run(CHUNK):
-            progress(engine.progress)
+            progress((1 + engine.progress) / 2)
         took = time.perf_counter() - start
         if engine.stuck:
             raise ScheduleError(
@@ -262,11 +267,11 @@ class _Task:
             timeline=Timeline(**engine.columns()) if record else None,
         )
 
-    def lowered(self) -> list[npt.NDArray[np.int32]]:
+    def lowered(self, progress: Callable[[float], None]) -> list[npt.NDArray[np.int32]]:
         """The code of the ranks that are walked over; kept, since each protocol wants it."""
-        if not self.code:
-            ranks = range(self.symmetry.period)
-            self.code = [lower(self.algorithm, rank, self.ranks, self.root).code for rank in ranks]
+        while len(self.code) < self.symmetry.period:
+            self.code.append(lower(self.algorithm, len(self.code), self.ranks, self.root).code)
+            progress(len(self.code) / self.symmetry.period)
         return self.code
 
 

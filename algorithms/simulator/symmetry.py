@@ -45,8 +45,8 @@ def tile(topology: Topology, ranks: int) -> int:
 def find(algorithm: Algorithm, ranks: int, topology: Topology) -> Symmetry | None:
     """The smallest symmetry that the schedule shows, among `TRIED` periods; None if there is none.
 
-    A period is believed when the first ranks of it, and its last, do as their images at its next occurrence, in the
-    middle and at the end: some ranks are looked at, not all.
+    A period is believed when some ranks of it, the first and the last among them, do as their images at its next
+    occurrence, in the middle and at the end: some ranks are looked at, not all.
     """
     programs: dict[int, list[Step]] = {}
 
@@ -73,11 +73,17 @@ def _periods(least: int, ranks: int) -> Iterator[int]:
 
 
 def _samples(period: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """Ranks and their images."""
     times = ranks // period
-    for rank in sorted({0, min(1, period - 1), period // 2, period - 1}):
-        for image in sorted({1, times // 2, times - 1}):
-            if image:
-                yield rank, rank + image * period
+    middle = max(1, times // 2)
+    for rank, image in (
+        (0, 1),
+        (period - 1, times - 1),
+        (period // 2, middle),
+        (min(1, period - 1), middle),
+        (0, times - 1),
+    ):
+        yield rank, rank + image * period
 
 
 def _alike(program: Callable[[int], list[Step]], rank: int, image: int, ranks: int, mirrored: bool) -> bool:

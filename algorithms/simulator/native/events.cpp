@@ -198,7 +198,11 @@ bool Engine::resume_take(Actor& actor, uint32_t index, const Operation& operatio
 
 // Keeps the rank busy; false if others want a processor or a core earlier, and it must be tried again.
 bool Engine::work(Actor& actor, uint32_t index, Slice::Kind kind, double seconds, double bytes, int32_t peer) {
-    if (seconds <= 0) return true;
+    if (seconds <= 0) {
+        if (peer >= 0)
+            keep(actor, kind, actor.clock, bytes, peer);  // a message has its moment, though it costs nothing
+        return true;
+    }
     double start = actor.clock;
     if (crowded_) {
         if (!is_earliest(actor, index)) {
