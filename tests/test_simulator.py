@@ -154,6 +154,16 @@ def test_the_fastest_protocol_is_taken() -> None:
     assert simulate(ring, 4, both, 1024, protocol="slow").seconds == pytest.approx(1 + best.seconds)
 
 
+def test_the_fastest_cut_is_taken() -> None:
+    double_tree = lookup(Collective.ALL_REDUCE, "double_tree")
+    cut, whole = (simulate(double_tree, 64, cluster(8), 1 << 26, segment=segment) for segment in ("auto", None))
+    assert cut.seconds < whole.seconds / 2
+    same = simulate(double_tree, 64, cluster(8), 1 << 26, segment=cut.segment, lanes=cut.lanes)
+    assert (same.seconds, same.segments) == (cut.seconds, cut.segments)
+    short = simulate(double_tree, 64, cluster(8), 8, segment="auto")
+    assert (short.segment, short.segments) == (None, 1)
+
+
 # ---- ranks that stand for others
 
 
@@ -284,6 +294,7 @@ def test_a_timeline_adds_up() -> None:
         ({"nbytes": -1}, "nbytes is -1: wanted is 0 or more"),
         ({"lanes": 0}, "lanes is 0: wanted is 1 or more"),
         ({"segment": 0}, "segment is 0"),
+        ({"segment": "64K"}, "segment is '64K': wanted is a number of bytes"),
         ({"root": 1}, "all_reduce has no root 1"),
         ({"protocol": "LL"}, "flat has no protocol 'LL': it has none, leave it out"),
         ({"method": "guess"}, "no method is called 'guess'"),
@@ -299,12 +310,17 @@ def test_wrong_arguments(changed: dict[str, object], message: str) -> None:
 def test_refusals_that_need_the_schedule() -> None:
     with pytest.raises(ArgumentError, match="tree shows no symmetry on 12 ranks of flat"):
         simulate(lookup(Collective.ALL_REDUCE, "tree"), 12, flat(), 8, method="symmetry")
-    with pytest.raises(
-        ArgumentError, match="a closed form has no timeline: take fewer ranks or segments, or the method"
-    ):
+    with pytest.raises(ArgumentError, match="a closed form has no timeline: take fewer ranks or segments$"):
         simulate(lookup(Collective.ALL_REDUCE, "ring"), 4, flat(), 8, method="closed form", record=True)
     with pytest.raises(ArgumentError, match="wants an even number of ranks, and there are 5"):
         simulate(lookup(Collective.ALL_GATHER, "neighbor_exchange"), 5, flat(), 8)
+
+
+def test_what_memory_does_not_hold_is_refused() -> None:
+    with pytest.raises(
+        ArgumentError, match="direct on 16384 ranks has about .* can be held in memory: take fewer ranks"
+    ):
+        simulate(lookup(Collective.ALL_TO_ALL, "direct"), 16384, flat(), 1 << 20, method="events")
 
 
 def test_a_schedule_that_never_ends_is_an_error() -> None:

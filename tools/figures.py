@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..bench.document import write_part
 from ..bench.world import import_or
 from .figures_document import PICTURES, document
 from .nccl import NODE, RAILS, RATE
@@ -20,6 +21,7 @@ from .simulation_plot import REMEDY
 from .terminal import console
 from .trees_and_rings import FLAT, MEASURED, MEASURED_NODES, RING, SMALL, TREE, Line, Point, figures, shown
 
+PART = "trees-and-rings"
 COLORS = {RING: "C7", TREE: "C2", FLAT: "C0"}
 WORKERS = 8
 """Processes at most: each takes up to 0.6 GB."""
@@ -85,20 +87,20 @@ def in_processes(points: Sequence[Point]) -> list[float]:
 
 @click.command()
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("docs/model"),
-    show_default=True,
-    help="The folder of the pictures and the section.",
+    "--write", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The document with the part."
 )
-def main(output: Path) -> None:
-    """Write the pictures and the section of docs/model.md on trees and rings."""
+def main(path: Path | None) -> None:
+    """Simulate trees and rings on up to 24,576 GPUs; print the section, or write it into a document."""
+    import_or("matplotlib", REMEDY)
     found = figures(times=in_processes)
-    output.mkdir(parents=True, exist_ok=True)
+    if not path:
+        click.echo(document(found))
+        return
+    write_part(path, PART, document(found))
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
     for nbytes, name in PICTURES.items():
-        (output / name).write_bytes(plot(nbytes, found[nbytes]))
-    (output / "trees-and-rings.md.part").write_text(document(found), encoding="utf-8")
+        (folder / name).write_bytes(plot(nbytes, found[nbytes]))
 
 
 if __name__ == "__main__":

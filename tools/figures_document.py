@@ -95,7 +95,7 @@ def _latency(lines: dict[str, Line]) -> str:
         {off:.0%} of NVIDIA's at every number of GPUs. The trees are: NVIDIA's take {min(above):.0f} to
         {max(above):.0f} us longer than the slowest table has them, on {NODE * MEASURED_NODES[0]} GPUs as on
         {ranks}. Each time the nodes double they take {slopes[0]:.0f} us more; by the table of {CENTRAL.version}
-        {slopes[1]:.0f} us, by that of {FIRST.version}, the release that NVIDIA measured, {slopes[2]:.0f} us. So
+        {slopes[1]:.0f} us, by that of {FIRST.version}, the first release with trees, {slopes[2]:.0f} us. So
         the levels cost what that release took them to cost, and what is missing does not depend on their number;
         no table has it. It is left out, as the measurement itself would be its only source: against NVIDIA's time
         of the tree the ring of the central table takes {against:.0f} times as long. That the rings agree so well

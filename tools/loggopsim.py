@@ -55,7 +55,7 @@ def section(found: Comparison, command: str, revision: str) -> str:
             byte; g = 0 and O = 0, and all messages are eager. In a topology file that is one level with alpha = L,
             overhead = o, beta = G, a link into each rank and one out of it of capacity 1/G, a processor for each lane
             and any number of slots. A cell has the time by LogGOPSim, the time by abccl, and how much longer that is.
-            Left out, or a dash, is what has more than {MESSAGES:,} messages."""
+            Left out, or a dash, is what has more than {MESSAGES:,} messages, or but one segment below."""
         ),
         "### One message at a time",
         wrapped(
@@ -76,7 +76,7 @@ def section(found: Comparison, command: str, revision: str) -> str:
         _table(found.at_once, [*turn, at_once]),
         "### Segments",
         wrapped(
-            f"""{segmented}, one after the other (1 lane) and {LANES} at a time, each with a processor of its own.
+            f"""{segmented}, one after the other (1 lane) and up to {LANES} at a time, each with a processor of its own.
             With {LANES} lanes the processors have time for what the rules charge them with, and the links decide: the
             median difference is {_median(several):.2%}, the largest {_largest(found.segments, 1):.1%}. Trees differ by
             who is first at a link at the same time (the last rule); direct and two_shot, whose ranks ask first for what

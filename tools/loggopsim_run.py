@@ -193,13 +193,17 @@ def rows(programs: Programs, names: Sequence[str], most: int, cases: Sequence[Ca
         for ranks in (number for number in RANKS if number <= most):
             messages = _messages(algorithm, ranks)
             pairs = tuple(
-                programs.pair(algorithm, ranks, cut, constants)
-                if messages * load(algorithm, ranks, cut.nbytes, cut.segment)[1] <= MESSAGES
-                else None
+                programs.pair(algorithm, ranks, cut, constants) if _is_asked(algorithm, ranks, cut, messages) else None
                 for cut, constants in cases
             )
             if any(pairs):
                 yield Row(name, ranks, pairs)
+
+
+def _is_asked(algorithm: Algorithm, ranks: int, cut: Cut, messages: int) -> bool:
+    """Whether there are not too many messages, and several segments where they are asked for."""
+    _, segments = load(algorithm, ranks, cut.nbytes, cut.segment)
+    return messages * segments <= MESSAGES and (cut.segment is None or segments > 1)
 
 
 def _messages(algorithm: Algorithm, ranks: int) -> int:

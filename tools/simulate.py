@@ -13,7 +13,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..algorithms import Algorithm, Collective, algorithms, lookup, to_collective
-from ..algorithms.simulator import METHODS, Simulation, Topology, read, shipped, simulate
+from ..algorithms.simulator import AUTO, METHODS, Simulation, Topology, read, shipped, simulate
 from ..algorithms.toml_file import load as load_toml
 from ..algorithms.words import count, in_words, to_bytes
 from ..bench.__main__ import a_size, check_writable, words
@@ -34,6 +34,14 @@ def sizes(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(map(to_bytes, text.split(","))))
     except ArgumentError as error:
         raise click.BadParameter(str(error)) from error
+
+
+WHOLE = "whole"
+
+
+def a_segment(text: str) -> str | int:
+    """A size, "whole" or "auto", for click."""
+    return text if text in (AUTO, WHOLE) else a_size(text)
 
 
 def constants(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
@@ -66,8 +74,16 @@ def list_topologies(context: click.Context, option: click.Parameter, wanted: boo
 @click.option("--topology", metavar="NAME|FILE", required=True, help="The machine: see --topologies.")
 @click.option("--size", "sizes", type=sizes, metavar="SIZES", help="Of the whole vector, with commas: 64K,25MB.")
 @click.option("--root", default=0, show_default=True, help="The root of broadcast, reduce, gather or scatter.")
-@click.option("--segment", type=a_size, metavar="SIZE", help="Cut messages to this length; not cut by default.")
-@click.option("--lanes", type=click.IntRange(1), default=1, show_default=True, help="Segments under way at a time.")
+@click.option(
+    "--segment",
+    type=a_segment,
+    default=AUTO,
+    metavar="SIZE|whole|auto",
+    help="Cut messages to this length, or not; some ways are tried and the fastest counts by default.",
+)
+@click.option(
+    "--lanes", type=click.IntRange(1), help="Segments under way at a time; 1 by default, where --segment is given."
+)
 @click.option("--protocol", metavar="NAME", help="One of the topology's; the fastest by default.")
 @click.option(
     "--method",
@@ -104,8 +120,8 @@ def command(
     topology: str,
     sizes: tuple[int, ...] | None,
     root: int,
-    segment: int | None,
-    lanes: int,
+    segment: int | str,
+    lanes: int | None,
     protocol: str | None,
     method: str,
     overrides: dict[str, Any],
@@ -127,6 +143,9 @@ def command(
     as `abccl bench` has it. The busiest is the link or the rank that is in use for the largest part of the time. The
     fastest algorithm is marked by >.
 
+    Long messages are cut into segments, several of them under way at a time, so that pipelines fill: not at all, to
+    4 MiB, 512 KiB and 64 KiB are tried with eight lanes, and the fastest counts, unless --segment and --lanes say how.
+
     \b
     abccl simulate all_reduce --algorithm ring,tree,double_tree --ranks 24576 --topology summit --size 64MB
     abccl simulate all_reduce --ranks 6-24576x2 --topology summit --size 64MB --plot ranks.png
@@ -138,7 +157,9 @@ def command(
     machine = _machine(topology, overrides, ranks, protocol)
     chosen = [lookup(kind, name) for name in names or algorithms(kind)]
     _check_root(kind, root, ranks)
-    study = Study(kind, machine, overrides, root, protocol, segment, lanes)
+    if lanes and segment == AUTO:
+        raise ArgumentError(f"--lanes {lanes} is for segments of a given length: add --segment 512K, say")
+    study = Study(kind, machine, overrides, root, protocol)
     cases = [(a, number, nbytes) for number in ranks for nbytes in _of_vectors(kind, sizes) for a in chosen]
     runnable = [case for case in cases if case[0].refusal(case[1]) is None]
     if not runnable:
@@ -147,7 +168,8 @@ def command(
         if path and len(runnable) > 1:
             raise ArgumentError(f"{option} is of one schedule: name one algorithm, one number of ranks and one size")
     _check_files(json_file, plot, trace, goal)
-    options = {"root": root, "segment": segment, "lanes": lanes, "protocol": protocol}
+    cut = None if segment == WHOLE else segment
+    options = {"root": root, "segment": cut, "lanes": lanes or 1, "protocol": protocol}
     options["method"] = method.replace("-", " ")
 
     with _bar(len(cases), quiet=json_file == STDOUT) as report:
@@ -168,7 +190,7 @@ def command(
     if trace:
         _write_trace(trace, study.done[0], machine, options)
     if goal:
-        _write_goal(goal, study.done[0], machine, root, segment)
+        _write_goal(goal, study.done[0], machine, root)
 
 
 Case = tuple[Algorithm, int, int]
@@ -247,7 +269,8 @@ def _write_trace(path: Path, found: Simulation, machine: Topology, options: Mapp
 
     if 2 * found.messages > timeline.MOST:
         raise ArgumentError(timeline.too_many(2 * found.messages))
-    recorded = {**options, "protocol": found.protocol, "record": True}
+    way = {"protocol": found.protocol, "segment": found.segment, "lanes": found.lanes}
+    recorded = {**options, **way, "record": True}
     again = simulate(found.algorithm, found.ranks, machine, found.nbytes, **recorded)
     assert again.timeline is not None
     slices = timeline.slices_of(again.timeline)
@@ -255,7 +278,7 @@ def _write_trace(path: Path, found: Simulation, machine: Topology, options: Mapp
         timeline.write(file, slices, timeline.rows_of(machine, found.lanes))
 
 
-def _write_goal(path: Path, found: Simulation, machine: Topology, root: int, segment: int | None) -> None:
+def _write_goal(path: Path, found: Simulation, machine: Topology, root: int) -> None:
     from .goal import goal
 
     rank = machine.without_protocols(found.protocol, found.nbytes).rank
@@ -266,7 +289,7 @@ def _write_goal(path: Path, found: Simulation, machine: Topology, root: int, seg
             found.ranks,
             found.nbytes,
             root=root,
-            segment=segment,
+            segment=found.segment,
             lanes=found.lanes,
             processors=rank.processors,
             fold=rank.fold,

@@ -48,7 +48,7 @@ class Study:
 
     Attributes:
         topology: the machine, with `overrides`, the constants that were set.
-        protocol, segment, lanes: what was asked for; the segment is the bytes of the longest message.
+        protocol: what was asked for.
     """
 
     collective: Collective
@@ -56,8 +56,6 @@ class Study:
     overrides: Mapping[str, Any]
     root: int
     protocol: str | None
-    segment: int | None
-    lanes: int
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property
@@ -79,8 +77,8 @@ class Study:
             "ranks": one.ranks,
             "bytes": one.nbytes,
             "root": self.root,
-            "segment_bytes": self.segment,
-            "lanes": found.lanes if found else self.lanes,
+            "segment_bytes": found.segment if found else None,
+            "lanes": found.lanes if found else None,
             **{name: getattr(found, name, None) for name in (*_FOUND, *_WALKED)},
             "refused": None if found else one.why,
         }

@@ -8,8 +8,10 @@ alike, some stand for all, which is as exact. Where that is too much, a closed f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,90 +19,34 @@ import numpy.typing as npt
 from ...errors import ArgumentError, ScheduleError
 from ..collective import Collective
 from ..plan import ALIGNMENT, lower
-from ..registry import Algorithm
+from ..registry import Algorithm, on_redefinition
 from ..words import count, did_you_mean
 from ._events import Engine
 from .closed_form import STEPS, closed_form
 from .costs import costs_of, levels_of
+from .simulation import CLOSED_FORM, EVENTS, METHODS, SYMMETRY, Simulation, Timeline
 from .symmetry import Symmetry, find, tile
 from .topology import Topology
 
-EVENTS, SYMMETRY, CLOSED_FORM = METHODS = ("events", "symmetry", "closed form")
-"""All ranks, in the order of events; some that stand for all, alike; a formula."""
+AUTO = "auto"
 
-KINDS = ("send", "wait", "receive", "fold", "copy", "message")
-"""Of slices of a timeline. A message's is from when it takes a link until it is there."""
+CUTS: tuple[tuple[int | None, int], ...] = ((None, 1), (4 << 20, 8), (512 << 10, 8), (64 << 10, 8))
+"""Segments and lanes that are tried where the segment is "auto"."""
+
+TRIED = 10_000_000
+"""Operations of a cut that is tried."""
 
 MOST = 100_000_000
 """Operations that are walked over unless one asks for it: half a minute or so."""
 
+HELD = 200_000_000
+"""Operations of one segment, in all lanes, that are walked over at all: some 16 bytes each, in memory."""
+
+KEPT, SIMULATIONS = 3_000_000, 4
+"""Operations whose code is kept for a further simulation, and of how many schedules."""
+
 CHUNK = 200_000
 """Events between two reports of progress."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """What ranks did when: arrays of one length, an entry for each slice of time, in seconds.
-
-    Attributes:
-        kind: an index into `KINDS`.
-        peer: the rank at the other end; -1 where there is none.
-        nbytes: that were sent, received, folded or copied; 0 for what does not depend on them.
-    """
-
-    rank: npt.NDArray[np.int32]
-    lane: npt.NDArray[np.int32]
-    segment: npt.NDArray[np.int64]
-    kind: npt.NDArray[np.int32]
-    peer: npt.NDArray[np.int32]
-    start: npt.NDArray[np.float64]
-    end: npt.NDArray[np.float64]
-    nbytes: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What a simulation found.
-
-    Attributes:
-        nbytes: of the whole vector, as everywhere.
-        protocol: which of the topology's was used, None if it has none.
-        segments, lanes: into how many segments the blocks are cut, and how many are under way at once.
-        method: how it was found, of `METHODS`.
-        simulated: how many ranks were walked over.
-        seconds: from when all ranks begin until the last one ends.
-        events: operations of ranks and arrivals of messages that were walked over.
-        messages: that were walked over.
-        took: seconds in the event engine.
-        utilisation: for each level with links, for which part of the time its busiest link was; and by the rank's name
-            the busiest rank, waits left out.
-        timeline: if it was asked for; only the ranks that were walked over.
-    """
-
-    algorithm: Algorithm
-    ranks: int
-    nbytes: int
-    protocol: str | None
-    segments: int
-    lanes: int
-    method: str
-    simulated: int
-    seconds: float
-    events: int = 0
-    messages: int = 0
-    took: float = 0.0
-    utilisation: dict[str, float] | None = None
-    timeline: Timeline | None = None
-
-    @property
-    def algbw(self) -> float:
-        """Algorithm bandwidth, bytes per second."""
-        return self.nbytes / self.seconds if self.seconds else 0.0
-
-    @property
-    def busbw(self) -> float:
-        """Bus bandwidth, bytes per second: see `Collective.bus_factor`."""
-        return self.algbw * self.algorithm.collective.bus_factor(self.ranks)
 
 
 def simulate(
@@ -111,9 +57,9 @@ def simulate(
     *,
     root: int = 0,
     protocol: str | None = None,
-    segment: int | None = None,
+    segment: int | str | None = None,
     lanes: int = 1,
-    method: str = "auto",
+    method: str = AUTO,
     in_place: bool = True,
     record: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -126,7 +72,8 @@ def simulate(
     Args:
         nbytes: of the whole vector: the concatenation, for what gathers or scatters.
         protocol: one of the topology's; the fastest of them, if None.
-        segment: bytes of the longest message; None for messages that are not cut.
+        segment: bytes of the longest message; None for messages that are not cut; "auto" for the fastest of `CUTS`,
+            which have lanes of their own.
         lanes: segments that are under way at once.
         method: "auto", or one of `METHODS`. Auto takes symmetry where there is one, else events, up to `MOST` of them,
             else the closed form.
@@ -140,56 +87,74 @@ def simulate(
         ScheduleError: the schedule never ends, or it is wrong.
     """
     _check(algorithm, ranks, topology, nbytes, root, protocol, segment, lanes, method)
-    known = [protocol] if protocol or not topology.protocols else list(topology.protocols)
-    task = _Task(algorithm, ranks, nbytes, root, segment, lanes, in_place)
-    task.choose(method, topology, record)
+    task = _Task(algorithm, ranks, nbytes, root, in_place)
+    task.choose(method, topology)
+    cuts = task.cuts() if isinstance(segment, str) else [task.cut(segment, lanes)]
+    task.limit(method, cuts[0], record)
+    ways = [
+        (cut, name)
+        for cut in cuts
+        for name in ([protocol] if protocol or not topology.protocols else topology.protocols)
+    ]
 
-    def run(number: int, name: str | None, record: bool) -> Simulation:
+    def run(number: int, way: tuple[_Cut, str | None], record: bool) -> Simulation:
         def part(done: float) -> None:
             if progress:
                 progress((number + done) / runs)
 
-        return task.run(topology, name, record, part)
+        return task.run(topology, *way, record, part)
 
-    runs = len(known) + (record and len(known) > 1)
-    found = [run(number, name, record and len(known) == 1) for number, name in enumerate(known)]
-    best = min(found, key=lambda one: one.seconds)
-    return run(len(known), best.protocol, True) if runs > len(known) else best
+    runs = len(ways) + (record and len(ways) > 1)
+    found = [run(number, way, record and len(ways) == 1) for number, way in enumerate(ways)]
+    best = min(range(len(ways)), key=lambda number: found[number].seconds)
+    return run(len(ways), ways[best], True) if runs > len(ways) else found[best]
+
+
+class _Cut(NamedTuple):
+    """How blocks are cut: `segment` as asked for, bytes of a block in a segment."""
+
+    segment: int | None
+    segments: int
+    lanes: int
+    block: float
 
 
 class _Task:
-    """A collective that is to be simulated: what does not depend on the protocol is found once."""
+    """A collective that is to be simulated: what does not depend on cut and protocol is found once."""
 
-    def __init__(
-        self, algorithm: Algorithm, ranks: int, nbytes: int, root: int, segment: int | None, lanes: int, in_place: bool
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, ranks: int, nbytes: int, root: int, in_place: bool) -> None:
         self.algorithm, self.ranks, self.nbytes, self.root = algorithm, ranks, nbytes, root
         self.in_place = in_place
         blocks = algorithm.blocks(ranks) if algorithm.collective.cut else ranks
-        block = 0.0 if algorithm.collective is Collective.BARRIER else nbytes / blocks
-        self.segments = 1
-        if segment is not None and block:
-            longest = segment / max(1, algorithm.largest(ranks))
-            longest = longest - longest % ALIGNMENT if longest > ALIGNMENT else longest
-            self.segments = max(1, int(-(-block // longest)))
-        self.lanes = min(lanes, self.segments)
-        self.block = block / self.segments
+        self.block = 0.0 if algorithm.collective is Collective.BARRIER else nbytes / blocks
         self.symmetry = Symmetry(ranks)
         self.method = EVENTS
-        self.code: list[npt.NDArray[np.int32]] = []
 
-    def choose(self, method: str, topology: Topology, record: bool) -> None:
+    def cut(self, segment: int | None, lanes: int) -> _Cut:
+        """The blocks in segments so short that no message is longer."""
+        segments = 1
+        if segment is not None and self.block:
+            longest = segment / max(1, self.algorithm.largest(self.ranks))
+            longest = longest - longest % ALIGNMENT if longest > ALIGNMENT else longest
+            segments = max(1, int(-(-self.block // longest)))
+        return _Cut(segment, segments, min(lanes, segments), self.block / segments)
+
+    def cuts(self) -> list[_Cut]:
+        """Not cut, and cut in those of `CUTS` that shorten messages and are not too much."""
+        tried = [self.cut(segment, lanes) for segment, lanes in CUTS]
+        whole, *several = tried
+        return [whole, *(cut for cut in several if cut.segments > 1 and self.operations * cut.segments <= TRIED)]
+
+    def choose(self, method: str, topology: Topology) -> None:
         """How it is to be found.
 
         Raises:
-            ArgumentError: not as was asked for.
+            ArgumentError: there is no symmetry, and it was asked for.
         """
         counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
-        if method == CLOSED_FORM:
+        if method == CLOSED_FORM or (method == AUTO and counts is not None and counts.steps > STEPS):
             self.method = CLOSED_FORM
-        if counts is not None and counts.steps > STEPS and method == "auto":
-            self.method = CLOSED_FORM
-        elif method != EVENTS and self.root == 0:
+        if method != EVENTS and self.root == 0 and not (counts is not None and counts.steps > STEPS):
             found = find(self.algorithm, self.ranks, topology)
             if found:
                 self.symmetry = found
@@ -199,51 +164,80 @@ class _Task:
                 f"{self.algorithm.name} shows no symmetry on {count(self.ranks, 'rank')} of {topology.name}: "
                 f'leave the method out, or take "{EVENTS}"'
             )
-        if method == "auto" and self.method != CLOSED_FORM and self.operations() > MOST:
-            self.method = CLOSED_FORM
-        if record and self.method == CLOSED_FORM:
-            why = (
-                ""
-                if method == CLOSED_FORM
-                else f", and {self.algorithm.name} on {count(self.ranks, 'rank')} is too much for events"
-            )
-            raise ArgumentError(
-                f'a closed form has no timeline{why}: take fewer ranks or segments, or the method "{EVENTS}"'
-            )
 
+    def limit(self, method: str, cut: _Cut, record: bool) -> None:
+        """Leave what is too much for events to the closed form.
+
+        Raises:
+            ArgumentError: what was asked for is too much, or has no timeline.
+        """
+        much = self.method != CLOSED_FORM and self.operations * cut.segments > MOST
+        if much and method == AUTO:
+            self.method = CLOSED_FORM
+        whose = f"{self.algorithm.name} on {count(self.ranks, 'rank')}"
+        held = self.operations * cut.lanes
+        if self.method != CLOSED_FORM and held > HELD:
+            raise ArgumentError(
+                f"{whose} has about {held:,} operations in all lanes, and {HELD:,} can be held in memory: "
+                f'take fewer ranks or lanes, or the method "{CLOSED_FORM}"'
+            )
+        if record and self.method == CLOSED_FORM:
+            why = "" if method == CLOSED_FORM else f", and {whose} is too much for events"
+            raise ArgumentError(f"a closed form has no timeline{why}: take fewer ranks or segments")
+
+    @cached_property
     def operations(self) -> int:
-        """About how many operations the ranks have that would be walked over, by some of them."""
-        some = [0] if self.method == SYMMETRY else sorted({0, self.ranks // 2, self.ranks - 1})
-        messages = sum(
-            len(step) for rank in some for step in self.algorithm.program(rank, self.ranks, self.root)
-        ) / len(some)
-        return int(3 * messages * self.symmetry.period * self.segments)
+        """About how many operations of a segment are walked over: some ranks are looked at, or counts declared."""
+        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
+        if counts is not None and counts.steps > STEPS:
+            return 5 * counts.steps * self.symmetry.period
+        # Round numbers are not typical of ranks: the root of a tree is one. The golden ratio scatters.
+        scattered = {int(number * 0.618034 * self.ranks) % self.ranks for number in range(1, 10)}
+        some = [0] if self.symmetry.period < self.ranks else sorted(scattered)
+        programs = [self.algorithm.program(rank, self.ranks, self.root) for rank in some]
+        messages = sum(len(step) for program in programs for step in program)
+        return 3 * messages * self.symmetry.period // len(some)
 
     def run(
-        self, topology: Topology, protocol: str | None, record: bool, progress: Callable[[float], None]
+        self,
+        topology: Topology,
+        cut: _Cut,
+        protocol: str | None,
+        record: bool,
+        progress: Callable[[float], None],
     ) -> Simulation:
-        """Simulate it with one protocol."""
+        """Simulate it in one way."""
         flat = topology.without_protocols(protocol, self.nbytes)
         common = Simulation(
-            self.algorithm, self.ranks, self.nbytes, protocol, self.segments, self.lanes, self.method, 0, 0.0
+            self.algorithm,
+            self.ranks,
+            self.nbytes,
+            protocol,
+            cut.segment,
+            cut.segments,
+            cut.lanes,
+            self.method,
+            0,
+            0.0,
         )
         if self.method == CLOSED_FORM:
             alike = self.symmetry.period < self.ranks
             seconds = closed_form(
-                self.algorithm, self.ranks, self.root, flat, self.block, self.segments, self.lanes, alike
+                self.algorithm, self.ranks, self.root, flat, cut.block, cut.segments, cut.lanes, alike
             )
             return replace(common, seconds=seconds)
         engine = Engine(
             (self.ranks, self.symmetry.period, self.symmetry.mirrored),
             list(levels_of(flat, self.ranks)),
             costs_of(flat),
-            (self.block, self.segments, self.lanes, tile(flat, self.ranks)),
+            (cut.block, cut.segments, cut.lanes, tile(flat, self.ranks)),
             self.in_place,
             record,
         )
         # Writing the schedules down and walking over them take about as long as each other.
-        for code in self.lowered(lambda done: progress(done / 2)):
+        for number, code in enumerate(self.lowered()):
             engine.add(code)
+            progress((number + 1) / self.symmetry.period / 2)
         start = time.perf_counter()
         while not engine.run(CHUNK):
             progress((1 + engine.progress) / 2)
@@ -267,12 +261,24 @@ class _Task:
             timeline=Timeline(**engine.columns()) if record else None,
         )
 
-    def lowered(self, progress: Callable[[float], None]) -> list[npt.NDArray[np.int32]]:
-        """The code of the ranks that are walked over; kept, since each protocol wants it."""
-        while len(self.code) < self.symmetry.period:
-            self.code.append(lower(self.algorithm, len(self.code), self.ranks, self.root).code)
-            progress(len(self.code) / self.symmetry.period)
-        return self.code
+    def lowered(self) -> Iterator[npt.NDArray[np.int32]]:
+        """The code of the ranks that are walked over; if it is not much, it is kept for who simulates the same next."""
+        code: list[npt.NDArray[np.int32]] = []
+        if self.operations <= KEPT:
+            key = (self.algorithm, self.ranks, self.root)
+            code = _kept[key] = _kept.pop(key, code)
+            for oldest in list(_kept)[:-SIMULATIONS]:
+                del _kept[oldest]
+        for rank in range(self.symmetry.period):
+            if rank == len(code):
+                code.append(lower(self.algorithm, rank, self.ranks, self.root).code)
+            yield code[rank]
+
+
+_kept: dict[tuple[Algorithm, int, int], list[npt.NDArray[np.int32]]] = {}
+"""The code of the first ranks, of the schedules that were simulated last."""
+
+on_redefinition.append(_kept.clear)
 
 
 def _check(
@@ -282,17 +288,19 @@ def _check(
     nbytes: int,
     root: int,
     protocol: str | None,
-    segment: int | None,
+    segment: int | str | None,
     lanes: int,
     method: str,
 ) -> None:
+    if isinstance(segment, str) and segment != AUTO:
+        raise ArgumentError(f'segment is {segment!r}: wanted is a number of bytes, None, or "{AUTO}"')
     for what, value, least in (
         ("ranks", ranks, 1),
         ("nbytes", nbytes, 0),
         ("lanes", lanes, 1),
         ("segment", segment, 1),
     ):
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise ArgumentError(f"{what} is {value}: wanted is {least} or more")
     topology.check(ranks)
     wants = algorithm.refusal(ranks)
@@ -305,5 +313,5 @@ def _check(
     if protocol is not None and protocol not in topology.protocols:
         there = did_you_mean(protocol, topology.protocols) if topology.protocols else "it has none, leave it out"
         raise ArgumentError(f"{topology.name} has no protocol {protocol!r}: {there}")
-    if method not in ("auto", *METHODS):
+    if method not in (AUTO, *METHODS):
         raise ArgumentError(f"no method is called {method!r}: {did_you_mean(method, ('auto', *METHODS))}")

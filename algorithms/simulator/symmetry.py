@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import lcm
 
-from ..registry import Algorithm
+from ..registry import Algorithm, on_redefinition
 from ..schedule import Send, Step
 from .topology import Topology
 
@@ -48,6 +49,11 @@ def find(algorithm: Algorithm, ranks: int, topology: Topology) -> Symmetry | Non
     A period is believed when some ranks of it, the first and the last among them, do as their images at its next
     occurrence, in the middle and at the end: some ranks are looked at, not all.
     """
+    return _find(algorithm, ranks, tile(topology, ranks))
+
+
+@lru_cache(64)
+def _find(algorithm: Algorithm, ranks: int, least: int) -> Symmetry | None:
     programs: dict[int, list[Step]] = {}
 
     def program(rank: int) -> list[Step]:
@@ -55,7 +61,7 @@ def find(algorithm: Algorithm, ranks: int, topology: Topology) -> Symmetry | Non
             programs[rank] = algorithm.program(rank, ranks)
         return programs[rank]
 
-    for period in _periods(tile(topology, ranks), ranks):
+    for period in _periods(least, ranks):
         for mirrored in (False, True):
             if mirrored and (ranks & (ranks - 1) or period & (period - 1)):
                 continue
@@ -63,6 +69,9 @@ def find(algorithm: Algorithm, ranks: int, topology: Topology) -> Symmetry | Non
             if all(_alike(program, rank, image, ranks, mirrored) for rank, image in _samples(period, ranks)):
                 return symmetry
     return None
+
+
+on_redefinition.append(_find.cache_clear)
 
 
 def _periods(least: int, ranks: int) -> Iterator[int]:

@@ -45,7 +45,7 @@ def _changes(name: str, topology: Topology) -> Iterator[str]:
     for level, base in zip(levels, topology.levels):
         if base.links and not level.links:
             raise ArgumentError(
-                f"protocol {name} has no links at {level.name}, and in a file it has those of the topology: give it links"
+                f"protocol {name} has no links at {level.name}, and a file gives it the topology's: give it some"
             )
         before = f"{name}.{level.name}."
         for field in _fields(level, base, (*checks.LEVEL, "links"), before, topology.sources):

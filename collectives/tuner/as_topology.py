@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...algorithms import Algorithm
 from ...algorithms.model import NAMES
-from ...algorithms.simulator import Level, Links, Rank, Simulation, Topology, simulate
+from ...algorithms.simulator import EVENTS, Level, Links, Rank, Simulation, Topology, simulate
 from ...algorithms.simulator.topology import Constant, Way
 from ...algorithms.words import count
 from ...errors import ArgumentError
 from ...transports.shm import PROTOCOLS, SLOTS
-from .choice import Choice
 from .candidates import Place
+from .choice import Choice
 from .table import Table
 
 HOST, SYSTEM = "host", "system"
@@ -77,5 +77,6 @@ def simulated(choice: Choice, nbytes: int, place: Place, topology: Topology) -> 
         protocol=(choice.protocol or next(iter(topology.protocols))) if topology.protocols else None,
         segment=min(place.slot_bytes, choice.segment or place.slot_bytes),
         lanes=choice.lanes or place.lanes,
+        method=EVENTS,
         in_place=algorithm.collective.cut,
     )
