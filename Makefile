@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo figures performance tuning-docs validate-model test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -90,6 +90,22 @@ validate-model: $(NATIVE) ## time what the tuner chooses against every candidate
 	else echo "left out: hosts are made of network namespaces, which needs root and iproute2"; fi
 	@echo "== all together"
 	@python -m abccl.bench.validate --write docs/validation.md $(KEPT)/*.json
+
+COMPARED := build/predicted
+validate-simulator: $(NATIVE) ## time collectives and simulate the same, into docs/model.md; on a quiet machine
+	@rm -rf $(COMPARED) && mkdir -p $(COMPARED)
+	@for ranks in 2 3 4 6 8; do \
+		python -m abccl.bench.predicted --seconds 0.5 --ranks $$ranks --json $(COMPARED)/1-$$ranks.json || exit; \
+	done
+	@for ranks in 2 4; do OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun --oversubscribe -n $$ranks \
+		python -m abccl.bench.predicted --seconds 0.5 --transport mpi --json $(COMPARED)/2-$$ranks.json || exit; \
+	done
+	@if [ "$$(id -u)" = 0 ] && command -v ip >/dev/null; then for shape in "2 1" "2 2" "4 1"; do \
+		set -- $$shape; OMP_NUM_THREADS=1 python tests/hosts.py --hosts $$1 sh -c "torchrun --nnodes $$1 \
+			--node-rank \$$HOST --nproc-per-node $$2 --master-addr h0 -m -- abccl.bench.predicted \
+			--sizes 48,6K,60K,700K,2M --seconds 0.5 --json $(COMPARED)/3-$$1-$$2.json" || exit; \
+	done; else echo "left out: hosts are made of network namespaces, which needs root and iproute2"; fi
+	@python -m abccl.bench.predicted --write docs/model.md $(COMPARED)/*.json
 
 # ---- testing
 

@@ -28,7 +28,7 @@ from ..collectives.tuner import store
 from ..collectives.tuner.as_topology import simulated, topology_of
 from ..collectives.tuner.candidates import Candidate, is_composed
 from ..collectives.tuner.stopwatch import Stopwatch
-from ..errors import AbcclError, ArgumentError
+from ..errors import AbcclError
 from . import accuracy_report, predicted_report
 from .__main__ import FILE, Failure, a_size, check_writable, words
 from .accuracy_run import COLLECTIVES, Asked, Rounds, Steady, cases, rounds_for
@@ -140,18 +140,6 @@ def line(collective: Collective, nbytes: int, measured: Sequence[Case] | None) -
     )
 
 
-def read(path: Path) -> Run:
-    """The run that was kept there.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    try:
-        return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ArgumentError) as error:
-        raise ArgumentError(f"{path} can not be used: {error}") from error
-
-
 def measure(asked_for: Asked, transport: str | None) -> Run | None:
     """Compare among the ranks that were started, or among new ones; None on ranks that have nothing to tell.
 
@@ -195,7 +183,7 @@ def predicted(
             check_writable(path)
         if document:
             accuracy_report.check()
-        runs = [read(path) for path in files]
+        runs = [predicted_report.read(path) for path in files]
         if not files:
             command = f"python -m abccl.bench.predicted {shlex.join(sys.argv[1:])}".rstrip()
             run = measure(Asked(collectives, tuple(map(a_size, sizes)), ranks, seconds, command), transport)

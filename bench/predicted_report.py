@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 from ..algorithms.words import count, in_words
 from ..errors import ArgumentError
+from ..transports.joint import JOINT
+from ..transports.shm import ShmTransport
 from .accuracy import ERROR, ninetieth
 from .document import write_part
 from .record import replace_file
@@ -97,10 +100,9 @@ class Run:
     @property
     def title(self) -> str:
         """It in words."""
-        ranks = count(sum(self.hosts), "rank")
-        if len(self.hosts) > 1:
-            return f"{ranks} on {len(self.hosts)} hosts, {self.transport}"
-        return f"{ranks}, {self.transport}"
+        several = f" on {len(self.hosts)} hosts" if len(self.hosts) > 1 else ""
+        over = f" over {self.transport}" if self.transport not in (ShmTransport.name, JOINT) else ""
+        return f"{count(sum(self.hosts), 'rank')}{several}{over}"
 
     @property
     def crowded(self) -> bool:
@@ -111,20 +113,21 @@ class Run:
         """It as JSON has it."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Any) -> Run:
-        """The run that `to_json` gave.
 
-        Raises:
-            ArgumentError: it is none.
-        """
-        try:
-            if data["format"] != FORMAT:
-                raise ValueError(f"its format is {data['format']}, and {FORMAT} is read: measure again")
-            found = tuple(Case(**{**one, "rounds": tuple(one["rounds"])}) for one in data["cases"])
-            return cls(**{**data, "hosts": tuple(data["hosts"]), "cases": found})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(f"this is no comparison of `bench.predicted`: {error}") from error
+def read(path: Path) -> Run:
+    """The run that was kept there.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']}, and {FORMAT} is read: measure again")
+        kept = [Case(**{**one, "rounds": tuple(one["rounds"])}) for one in data["cases"]]
+        return Run(**{**data, "hosts": tuple(data["hosts"]), "cases": tuple(kept)})
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise ArgumentError(f"{path} is no file of `bench.predicted --json`: {problem}") from problem
 
 
 def error(ratios: Sequence[float]) -> float:
@@ -202,8 +205,8 @@ def _about(runs: Sequence[Run]) -> str:
     better = sum(abs(case.ratio - 1) < abs(case.tuner_ratio - 1) for case in cases) / len(cases)
     worse = sum(abs(case.ratio - 1) > abs(case.tuner_ratio - 1) for case in cases) / len(cases)
     lines = [
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}; {runs[0].date}, "
-        f"{sum(run.took for run in runs):.0f} s.",
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}, load {facts['load_average']} before; "
+        f"{runs[0].date}, {sum(run.took for run in runs):.0f} s.",
         f"Of {len(cases)} cases **{within:.0%}** are predicted within {ERROR:.0%} by the simulator; it is nearer "
         f"to the measured time than the tuner's model in {better:.0%} of them, and further off in {worse:.0%}.",
     ]
@@ -296,10 +299,10 @@ def plot(runs: Sequence[Run]) -> bytes:
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3, which="both")
         panel.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    figure.supxlabel("measured, us")
-    figure.supylabel("predicted / measured")
+        panel.set_xlabel("measured, us")
+    panels[0].set_ylabel("predicted / measured")
     marks = [panels[0].lines[number] for number in range(len(runs))]
-    figure.legend(marks, [run.title for run in runs], loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(marks, [run.title for run in runs], loc="outside upper center", ncols=4, fontsize=8)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     return drawn.getvalue()

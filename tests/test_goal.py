@@ -230,7 +230,8 @@ def programs(tmp_path: Path) -> Callable[[str], list[str]]:
 def test_comparison(programs: Callable[[str], list[str]], tmp_path: Path) -> None:
     """The document has the times of both, LogGOPSim's in its unit."""
     said = "PERFORMANCE: Processes: 4 Events: 72 Time: 0 s; Maximum finishing time at host 3: 66000000 (0.066 s)"
-    document = tmp_path / "section.md"
+    document = tmp_path / "document.md"
+    document.write_text("<!-- part: another-simulator -->\n<!-- end of another-simulator -->\n")
     options = [*programs(said), "--ranks", "4", "--fold", "0", "--write", str(document)]
     found = CliRunner().invoke(command, options)
     assert found.exit_code == 0, found.output

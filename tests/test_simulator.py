@@ -185,6 +185,29 @@ def test_some_ranks_stand_for_all(collective: Collective, ranks: int) -> None:
     assert stood or collective.rooted
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_hosts_that_lack_cores_are_no_symmetry_of_one_rank(cores: int) -> None:
+    direct = lookup(Collective.ALL_TO_ALL, "direct")
+    host = Level("host", 4, 1e-6, 1e-6, cores=cores)
+    for levels in ((host,), (host, Level("system", 0, 5e-6, 1e-6))):
+        for ranks in (4, 8) if len(levels) > 1 else (4,):
+            crowd = Topology("crowd", "", Rank(fold=GAMMA, receive=GAMMA), levels)
+            all_, auto = (simulate(direct, ranks, crowd, 1 << 20, method=method) for method in ("events", "auto"))
+            assert auto.seconds == pytest.approx(all_.seconds)
+            assert auto.simulated == 4
+
+
+def test_lending_is_for_the_first_level() -> None:
+    """A root with a reader on its host and one elsewhere: the one is lent to, for the other a copy is put out."""
+    rank = Rank(send=1.0, receive=2.0, lends=True, lent=4.0)
+    hosts = Topology("hosts", "", rank, (Level("host", 2, 10.0), Level("system", 2, 100.0)))
+    found = simulate(lookup(Collective.BROADCAST, "direct"), 4, hosts, 1)
+    # Rank 1 lent; ranks 2 and 3 from one copy.
+    assert found.seconds == 1 + 100 + 2
+    only = simulate(lookup(Collective.BROADCAST, "direct"), 2, hosts, 1)
+    assert only.seconds == 10 + 4
+
+
 def is_symmetric(algorithm: Algorithm, ranks: int, symmetry: Symmetry) -> bool:
     """Whether all ranks, and not only some, have their images' peers."""
 

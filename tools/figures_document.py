@@ -189,7 +189,6 @@ def document(found: Figures) -> str:
     """The section, in Markdown; its pictures lie in a folder "model" beside the document."""
     small, large = found[SMALL], found[LARGE]
     parts = [
-        "## Trees and rings",
         wrapped(_HEAD),
         f"![latency against GPUs](model/{PICTURES[SMALL]})",
         numbers(SMALL, small),

@@ -19,9 +19,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..algorithms import Algorithm, Collective
+from ..algorithms import Algorithm
 from ..algorithms.decoded import Decoded, Receiving, Release, Sending, Writing, decode
-from ..algorithms.plan import ALIGNMENT, Instruction, Place, lower
+from ..algorithms.plan import Instruction, Place, lower
+from ..algorithms.simulator import cut
 from ..errors import ArgumentError
 
 CPUS = 256
@@ -56,7 +57,7 @@ def goal(
     Raises:
         ArgumentError: the algorithm does not run on so many ranks, or a number is out of bounds.
     """
-    block, segments = load(algorithm, ranks, nbytes, segment)
+    block, segments = cut(algorithm, ranks, nbytes, segment)
     lanes = min(lanes, segments)
     cpus = min(processors or lanes, lanes)
     if lanes < 1 or processors < 0 or fold < 0 or unit <= 0:
@@ -74,17 +75,6 @@ def goal(
         for lane in range(lanes):
             yield from lines.of(steps, range(lane, segments, lanes), lane, lanes, lane % cpus)
         yield "}\n"
-
-
-def load(algorithm: Algorithm, ranks: int, nbytes: int, segment: int | None) -> tuple[float, int]:
-    """Bytes of a block in a segment, all taken to be equal, and how many segments there are, as `simulate` cuts."""
-    blocks = algorithm.blocks(ranks) if algorithm.collective.cut else ranks
-    block = 0.0 if algorithm.collective is Collective.BARRIER else nbytes / blocks
-    if segment is None or not block:
-        return block, 1
-    longest = segment / max(1, algorithm.largest(ranks))
-    segments = max(1, int(-(-block // (longest - longest % ALIGNMENT if longest > ALIGNMENT else longest))))
-    return block / segments, segments
 
 
 @dataclass

@@ -13,8 +13,8 @@ import click
 
 from ..algorithms.words import in_words
 from ..bench.__main__ import FILE, Failure, check_writable
+from ..bench.document import write_part
 from ..bench.machine import machine
-from ..bench.record import replace_file
 from ..errors import AbcclError
 from .loggopsim_run import LANES, MESSAGES, RANKS, SEGMENT, SIZES, Comparison, Constants, Pair, Programs, Row, compare
 from .markdown import table, wrapped
@@ -22,6 +22,7 @@ from .markdown import table, wrapped
 PROGRAM = click.Path(exists=True, dir_okay=False, path_type=Path)
 PICOSECONDS = click.IntRange(0, 2**31 - 1)
 
+PART = "another-simulator"
 SOURCE = "https://github.com/spcl/LogGOPSim"
 
 _RULES = (
@@ -46,8 +47,7 @@ def section(found: Comparison, command: str, revision: str) -> str:
     segmented = f"{in_words(SIZES[-1])} in segments of {in_words(SEGMENT)}"
     several = [row.pairs[1] for row in found.segments]
     parts = [
-        "## Another simulator",
-        f"Written by `{command}`, {found.day}; do not edit this section.",
+        f"Written by `{command}`, {found.day}; do not edit it.",
         wrapped(
             f"""`abccl simulate --goal FILE` writes a schedule in GOAL, which other simulators read. LogGOPSim
             ({which}; Hoefler, Schneider & Lumsdaine 2010) runs the same schedules as abccl's event engine, with the
@@ -78,11 +78,13 @@ def section(found: Comparison, command: str, revision: str) -> str:
         wrapped(
             f"""{segmented}, one after the other (1 lane) and up to {LANES} at a time, each with a processor of its own.
             With {LANES} lanes the processors have time for what the rules charge them with, and the links decide: the
-            median difference is {_median(several):.2%}, the largest {_largest(found.segments, 1):.1%}. Trees differ by
-            who is first at a link at the same time (the last rule); direct and two_shot, whose ranks ask first for what
-            comes last, by o for each message that waits meanwhile (the third). With one lane the chain shows the
-            third rule at its worst: while messages come in faster than the processor can take them LogGOPSim's ranks
-            pass none on, so that nothing overlaps; abccl's ranks, like its engines, keep the order of their program."""
+            median difference is {_median(several):.2%}, the largest {_largest(found.segments, 1):.1%}. What is
+            left: double_tree and scatter_all_gather still overlap more here (the second and the fourth rule); in tree
+            and knomial it matters who is first at a link at the same time (the last); ranks of direct and two_shot ask
+            first for what comes last, and pay o for each message that waits meanwhile (the third). With one lane the
+            chain shows the third rule at its worst: while messages come in faster than the processor can take them
+            LogGOPSim's ranks pass none on, so that nothing overlaps; abccl's ranks, like its engines, keep the order of
+            their program."""
         ),
         _table(found.segments, cut),
         "### What LogGOPSim does otherwise",
@@ -158,7 +160,7 @@ def _us(picoseconds: int) -> str:
 @click.option("--gap", type=PICOSECONDS, default=80, show_default=True, help="G, in picoseconds per byte.")
 @click.option("--fold", type=PICOSECONDS, default=10, show_default=True, help="Picoseconds to fold a byte.")
 @click.option("--ranks", "most", type=click.IntRange(4), default=RANKS[-1], show_default=True, help="The most.")
-@click.option("--write", "document", type=FILE, help="Write a section of Markdown.")
+@click.option("--write", "document", type=FILE, help="Write its part there.")
 def command(
     simulator: Path,
     txt2bin: Path,
@@ -184,7 +186,7 @@ def command(
         if document:
             options = f"--latency {latency} --overhead {overhead} --gap {gap} --fold {fold} --ranks {most}"
             said = f"python -m abccl.tools.loggopsim --simulator LogGOPSim --txt2bin txt2bin {options}"
-            replace_file(document, section(found, said, revision).encode())
+            write_part(document, PART, section(found, said, revision))
     except AbcclError as error:
         raise Failure(str(error)) from error
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from ..algorithms import Algorithm, lookup, to_collective
 from ..algorithms.schedule import Send
 from ..algorithms.simulator import EVENTS, Level, Links, Rank, Simulation, Topology, simulate
+from ..algorithms.simulator import cut as cut_of
 from ..errors import TransportError
-from .goal import goal, load
+from .goal import goal
 
 PICO = 1e-12
 """A unit of LogGOPSim's time: its constants are integers."""
@@ -202,7 +203,7 @@ def rows(programs: Programs, names: Sequence[str], most: int, cases: Sequence[Ca
 
 def _is_asked(algorithm: Algorithm, ranks: int, cut: Cut, messages: int) -> bool:
     """Whether there are not too many messages, and several segments where they are asked for."""
-    _, segments = load(algorithm, ranks, cut.nbytes, cut.segment)
+    _, segments = cut_of(algorithm, ranks, cut.nbytes, cut.segment)
     return messages * segments <= MESSAGES and (cut.segment is None or segments > 1)
 
 

@@ -14,17 +14,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..algorithms import Algorithm, Collective, algorithms, lookup, to_collective
 from ..algorithms.simulator import AUTO, METHODS, Simulation, Topology, read, shipped, simulate
+from ..algorithms.simulator.toml_writer import to_toml
 from ..algorithms.toml_file import load as load_toml
 from ..algorithms.words import count, in_words, to_bytes
 from ..bench.__main__ import a_size, check_writable, words
 from ..bench.record import replace_file
 from ..bench.world import import_or
+from ..collectives.offline import offline_tuner
+from ..collectives.tuner.as_topology import topology_of
 from ..errors import ArgumentError
 from .arguments import load, rank_numbers
 from .simulation_table import Outcome, Study, machines, print_whole, show
 from .terminal import console
 
 STDOUT = Path("-")
+THIS_MACHINE = "this-machine"
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
@@ -71,7 +75,12 @@ def list_topologies(context: click.Context, option: click.Parameter, wanted: boo
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--algorithm", "names", type=words, metavar="NAMES", help="With commas; all by default.")
 @click.option("--ranks", type=rank_numbers, metavar="NUMBERS", required=True, help="As in 8, 2-8 or 6-24576x2.")
-@click.option("--topology", metavar="NAME|FILE", required=True, help="The machine: see --topologies.")
+@click.option(
+    "--topology",
+    metavar="NAME|FILE",
+    required=True,
+    help=f"The machine: see --topologies; or {THIS_MACHINE}, by what the tuner has measured.",
+)
 @click.option("--size", "sizes", type=sizes, metavar="SIZES", help="Of the whole vector, with commas: 64K,25MB.")
 @click.option("--root", default=0, show_default=True, help="The root of broadcast, reduce, gather or scatter.")
 @click.option(
@@ -104,6 +113,7 @@ def list_topologies(context: click.Context, option: click.Parameter, wanted: boo
 @click.option("--plot", type=OUTPUT, help="Draw it: FILE.png or FILE.svg.")
 @click.option("--trace", type=OUTPUT, help="Write the timeline of one simulation, for ui.perfetto.dev.")
 @click.option("--goal", type=OUTPUT, help="Write one schedule in GOAL, for other simulators.")
+@click.option("--write-topology", "topology_file", type=OUTPUT, help="Write the machine, as it was simulated.")
 @click.option(
     "--topologies",
     is_flag=True,
@@ -129,12 +139,14 @@ def command(
     plot: Path | None,
     trace: Path | None,
     goal: Path | None,
+    topology_file: Path | None,
 ) -> None:
     """Print how long a collective would take by each algorithm on a machine, and what is busiest meanwhile.
 
     COLLECTIVE is all_reduce or another. FILE is a Python file that registers algorithms of your own; they join the
     library's. A topology is one of --topologies or a file like them: levels of units within units (ranks, nodes, a
     cluster), with the latency of messages there, their bandwidth, and the links that they share.
+    this-machine is made of the tuner's newest table of so many ranks here (`abccl tune`), or of the built-in one.
 
     The schedules are walked over as the engines run them, in the exact order of events: of all ranks; of some that
     stand for all, where all do alike; or, where that is too much, by a closed form. The method column says which.
@@ -167,7 +179,9 @@ def command(
     for option, path in (("--trace", trace), ("--goal", goal)):
         if path and len(runnable) > 1:
             raise ArgumentError(f"{option} is of one schedule: name one algorithm, one number of ranks and one size")
-    _check_files(json_file, plot, trace, goal)
+    _check_files(json_file, plot, trace, goal, topology_file)
+    if topology_file:
+        replace_file(topology_file, to_toml(machine).encode())
     cut = None if segment == WHOLE else segment
     options = {"root": root, "segment": cut, "lanes": lanes or 1, "protocol": protocol}
     options["method"] = method.replace("-", " ")
@@ -198,13 +212,21 @@ Case = tuple[Algorithm, int, int]
 
 
 def _machine(name: str, overrides: Mapping[str, Any], ranks: Sequence[int], protocol: str | None) -> Topology:
-    machine = read(name)
+    machine = _this_machine(ranks) if name == THIS_MACHINE else read(name)
     for place, value in overrides.items():
         machine = machine.with_value(place, value)
     machine.check(max(ranks))
     if protocol is not None:
         machine.without_protocols(protocol, 1)
     return machine
+
+
+def _this_machine(ranks: Sequence[int]) -> Topology:
+    """The machine on which this runs, as the tuner of so many ranks knows it."""
+    if len(ranks) > 1:
+        raise ArgumentError(f"{THIS_MACHINE} has a table for each number of ranks, and got {len(ranks)}: ask for one")
+    tuner = offline_tuner(ranks[0])
+    return topology_of(tuner.table, tuner.place, THIS_MACHINE)
 
 
 def _check_root(kind: Collective, root: int, ranks: Sequence[int]) -> None:

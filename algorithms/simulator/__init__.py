@@ -5,7 +5,7 @@ In reading order: `topology` (levels, links, constants), `toml_topology` (its fi
 topology in numbers), `native/` (the event engine, C++). `topologies/` are the machines that come with the library.
 """
 
-from .simulate import AUTO, simulate
+from .simulate import AUTO, cut, simulate
 from .simulation import CLOSED_FORM, EVENTS, KINDS, METHODS, SYMMETRY, Simulation, Timeline
 from .toml_topology import parse, read, shipped
 from .topology import Level, Links, Rank, Topology
@@ -23,6 +23,7 @@ __all__ = [
     "Simulation",
     "Timeline",
     "Topology",
+    "cut",
     "parse",
     "read",
     "shipped",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +111,21 @@ def simulate(
     return run(len(ways), ways[best], True) if runs > len(ways) else found[best]
 
 
+def cut(algorithm: Algorithm, ranks: int, nbytes: int, segment: int | None) -> tuple[float, int]:
+    """Bytes of a block in a segment, and how many segments there are: no message is longer than `segment` bytes.
+
+    Blocks and segments are taken to be of equal length; as in `bind`, no segment is longer than whole cache lines.
+    """
+    blocks = algorithm.blocks(ranks) if algorithm.collective.cut else ranks
+    block = 0.0 if algorithm.collective is Collective.BARRIER else nbytes / blocks
+    if segment is None or not block:
+        return block, 1
+    longest = segment / max(1, algorithm.largest(ranks))
+    longest = longest - longest % ALIGNMENT if longest > ALIGNMENT else longest
+    segments = max(1, ceil(block / longest))
+    return block / segments, segments
+
+
 class _Cut(NamedTuple):
     """How blocks are cut: `segment` as asked for, bytes of a block in a segment."""
 
@@ -125,19 +141,13 @@ class _Task:
     def __init__(self, algorithm: Algorithm, ranks: int, nbytes: int, root: int, in_place: bool) -> None:
         self.algorithm, self.ranks, self.nbytes, self.root = algorithm, ranks, nbytes, root
         self.in_place = in_place
-        blocks = algorithm.blocks(ranks) if algorithm.collective.cut else ranks
-        self.block = 0.0 if algorithm.collective is Collective.BARRIER else nbytes / blocks
         self.symmetry = Symmetry(ranks)
         self.method = EVENTS
 
     def cut(self, segment: int | None, lanes: int) -> _Cut:
-        """The blocks in segments so short that no message is longer."""
-        segments = 1
-        if segment is not None and self.block:
-            longest = segment / max(1, self.algorithm.largest(self.ranks))
-            longest = longest - longest % ALIGNMENT if longest > ALIGNMENT else longest
-            segments = max(1, int(-(-self.block // longest)))
-        return _Cut(segment, segments, min(lanes, segments), self.block / segments)
+        """So that no message is longer than a segment."""
+        block, segments = cut(self.algorithm, self.ranks, self.nbytes, segment)
+        return _Cut(segment, segments, min(lanes, segments), block)
 
     def cuts(self) -> list[_Cut]:
         """Not cut, and cut in those of `CUTS` that shorten messages and are not too much."""

@@ -36,7 +36,7 @@ def tile(topology: Topology, ranks: int) -> int:
     """By how many ranks a rotation must move them to change nothing in the topology; all, if there is none."""
     found = 1
     for level, unit in zip(topology.levels, topology.units):
-        if unit and unit < ranks:
+        if unit and (unit < ranks or level.cores):
             found = lcm(found, unit)
         if level.links:
             found = lcm(found, topology.unit_ranks(level.links.per))

@@ -31,11 +31,12 @@ class Rank:
     Attributes:
         name: what it is called ("GPU").
         launch: to start a collective and to end it.
-        send: to put out a byte of a message, for one reader or for several.
+        send: to put out a byte of a message, for all readers of the first level, and again for all others.
         receive: to copy a byte of a message to where it belongs.
         copy: to copy a byte within the rank.
         fold: gamma; to fold a byte of a message into a sum.
-        lends: whether messages that may be read in place are (`lent`, `lent_fold`), instead of `send` and `receive`.
+        lends: whether messages of the first level that may be read in place are (`lent`, `lent_fold`), instead of `send`
+            and `receive`.
         lent: to copy a byte that the sender has not put out but lent.
         lent_fold: to fold a byte that is lent.
         slots: messages that each pair of ranks, and lane, has room for; 0 for any number.

@@ -40,13 +40,18 @@ def topology_of(table: Table, place: Place, name: str = "this machine") -> Topol
 def _way(protocol: str, table: Table, place: Place) -> Way:
     """What the constants of a protocol are to a rank and to the levels."""
     of: dict[str, Constant] = {
-        name: row[0] if len(set(row)) == 1 else row for name, row in zip(NAMES, table.constants[protocol], strict=True)
+        name: row[0] if len(set(row)) == 1 else row for name, row in zip(NAMES, table.constants[protocol])
     }
     largest = max(map(len, place.hosts))
     rank = Rank(
-        "rank",
-        **{name: of[name] for name in ("launch", "send", "receive", "copy", "fold", "lent", "lent_fold")},
+        launch=of["launch"],
+        send=of["send"],
+        receive=of["receive"],
+        copy=of["copy"],
+        fold=of["fold"],
         lends=protocol.startswith("lent"),
+        lent=of["lent"],
+        lent_fold=of["lent_fold"],
         # The slots are those of shared memory. A network that serves all ranks keeps what has come for its receiver.
         slots=SLOTS if place.shared else 0,
     )

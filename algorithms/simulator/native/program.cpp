@@ -162,13 +162,22 @@ Program Reader::read(int64_t rank, const int32_t* code, size_t count) {
                 integers.skip(4 * blocks);
                 if (credits_)
                     for (const int32_t peer : peers) program.push_back(between(Operation::credit, rank, peer, 0));
-                Operation put{Operation::put};
-                put.lends = lends;
-                put.blocks = blocks;
-                program.push_back(put);
-                for (const int32_t peer : peers) {
-                    program.push_back(between(Operation::post, rank, peer, blocks));
-                    program.back().lends = lends;
+                // What is put out for peers nearby, or lent to them, others do not see.
+                for (const bool nearby : {true, false}) {
+                    bool is_put = false;
+                    for (const int32_t peer : peers) {
+                        Operation post = between(Operation::post, rank, peer, blocks);
+                        if ((post.level == 0) != nearby) continue;
+                        post.lends = lends && nearby;
+                        if (!is_put) {
+                            Operation put{Operation::put};
+                            put.lends = post.lends;
+                            put.blocks = blocks;
+                            program.push_back(put);
+                            is_put = true;
+                        }
+                        program.push_back(post);
+                    }
                 }
                 break;
             }

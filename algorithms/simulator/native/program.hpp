@@ -22,7 +22,7 @@ struct Symmetry {
 struct Operation {
     enum Kind : uint8_t {
         credit,   // wait for room for a message in `channel`
-        put,      // put out `blocks`, for all of the next posts
+        put,      // put out `blocks`, for all of the next posts; once for peers of the first level, once for others
         post,     // a message of `blocks` into `channel`
         take,     // the next message of `channel`, into the next register
         receive,  // copy `blocks` of the message in register `index` to where they belong
@@ -32,7 +32,7 @@ struct Operation {
     };
 
     Kind kind;
-    bool lends = false;  // put and post: may be read in place
+    bool lends = false;  // put and post: may be read in place, at the first level only
     int16_t level = 0;   // post and take
     int32_t index = 0;   // a channel, or a register
     int32_t peer = -1;   // the rank at the other end
