@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -136,14 +138,22 @@ def _row_as_data(row: Row) -> dict[str, Any]:
     return {**shared, **memory, "measured": figures, "ratios": ratios}
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file as a whole, or not at all."""
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Write a file as a whole, or, after an error, not at all."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        half.write_bytes(content)
+        with half.open("w", encoding="utf-8") as file:
+            yield file
         half.replace(path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole, or not at all."""
+    with replacing(path) as file:
+        file.buffer.write(content)
 
 
 def write_json(report: Report, file: TextIO) -> None:

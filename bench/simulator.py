@@ -84,7 +84,7 @@ def line(case: Case, topology: Topology) -> tuple[str, float, float]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--write", "document", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its part there.")
+@click.option("--write", "document", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The document.")
 def main(document: Path | None) -> None:
     """Time the simulator: the event engine by itself, and a call in all, with what it takes to lower the schedules.
 

@@ -20,7 +20,7 @@ from abccl.algorithms import Collective
 from abccl.algorithms.words import in_words, to_bytes
 from abccl.bench import run, world
 from abccl.bench.__main__ import bench
-from abccl.bench.collectives import FACTS, Case, cases
+from abccl.bench.collectives import Case, cases
 from abccl.bench.data import calls_until_overflow, count_wrong, fill, pieces, poison, values
 from abccl.bench.machine import cores_of_this_rank, machine
 from abccl.bench.measure import FEWEST_ROUNDS, ROUNDS, Budget, Meter, Subject, plan, roots

@@ -291,7 +291,7 @@ def test_a_wrong_schedule_is_an_error_that_names_the_rank() -> None:
         FUSSY.replace("restrictions=[power_of_two]", "").replace("send(rank ^ distance, 0), ", "")
     )
     result = run("all_reduce", "broken.py", "--algorithm", "fussy", "--ranks", 2, *PAIRS, "--size", 4)
-    assert result.exit_code == 1 and "never ends on 2 ranks: rank 0 waits for rank 1" in result.output
+    assert result.exit_code == 1 and "on 2 ranks is wrong: rank 0 waits for rank 1" in result.output
 
 
 def test_goal_is_that_of_the_schedule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from fractions import Fraction
 
@@ -50,6 +51,12 @@ def cluster(unit: int, through: bool = False, **rank: object) -> Topology:
             Level("system", 0, 5e-6, 0.2e-6, 8e-11, Links("rack", 1, 20e9)),
         ),
     )
+
+
+def crowded(unit: int, cores: int) -> Topology:
+    """Hosts of so many ranks that share cores."""
+    host = Level("host", unit, 1e-6, 0.3e-6, cores=cores)
+    return Topology("crowded", "", Rank(fold=GAMMA, receive=GAMMA), (host, Level("system", 0, ALPHA, OVERHEAD, BETA)))
 
 
 def runs_on(algorithm: Algorithm, ranks: int) -> bool:
@@ -172,11 +179,11 @@ def test_the_fastest_cut_is_taken() -> None:
 def test_some_ranks_stand_for_all(collective: Collective, ranks: int) -> None:
     stood = []
     for algorithm in algorithms(collective).values():
-        for topology in (flat(), cluster(4), cluster(6, through=True)):
+        for topology in (flat(), flat(processors=2), cluster(4), cluster(6, through=True), crowded(6, 4)):
             if not runs_on(algorithm, ranks) or find(algorithm, ranks, topology) is None:
                 continue
             all_, some = (
-                simulate(algorithm, ranks, topology, 48 << 10, segment=8 << 10, lanes=2, method=method)
+                simulate(algorithm, ranks, topology, 48 << 10, segment=8 << 10, lanes=3, method=method)
                 for method in ("events", "symmetry")
             )
             assert some.simulated < all_.simulated == ranks
@@ -314,14 +321,14 @@ def test_a_timeline_adds_up() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"nbytes": -1}, "nbytes is -1: wanted is 0 or more"),
-        ({"lanes": 0}, "lanes is 0: wanted is 1 or more"),
+        ({"nbytes": -1}, "nbytes is -1: wanted is an integer, 0 or more"),
+        ({"lanes": 0}, "lanes is 0: wanted is an integer, 1 or more"),
         ({"segment": 0}, "segment is 0"),
         ({"segment": "64K"}, "segment is '64K': wanted is a number of bytes"),
         ({"root": 1}, "all_reduce has no root 1"),
         ({"protocol": "LL"}, "flat has no protocol 'LL': it has none, leave it out"),
         ({"method": "guess"}, "no method is called 'guess'"),
-        ({"ranks": 0}, "ranks is 0: wanted is 1 or more"),
+        ({"ranks": 0}, "ranks is 0: wanted is an integer, 1 or more"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, object], message: str) -> None:
@@ -349,8 +356,46 @@ def test_what_memory_does_not_hold_is_refused() -> None:
 def test_a_schedule_that_never_ends_is_an_error() -> None:
     waits = own(lambda rank, size: [recv((rank + 1) % size, 0, reduce=True), send((rank - 1) % size, 0)])
     for method in ("events", "symmetry"):
-        with pytest.raises(ScheduleError, match="own never ends on 3 ranks: rank 0 waits for rank 1 to send"):
+        with pytest.raises(ScheduleError, match="own on 3 ranks is wrong: rank 0 waits for rank 1 to send"):
             simulate(waits, 3, flat(), 8, method=method)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (lambda rank, size: [send((rank + 1) % size, 0)], "rank [0-2] does not take a message that was sent to it"),
+        (
+            lambda rank, size: [(send((rank + 1) % size, 0), recv((rank - 1) % size, 0, 1, reduce=True))],
+            "rank [0-2] wants 2 blocks from rank [0-2], which sent 1",
+        ),
+        (lambda rank, size: [send(rank, 0)], "rank 0: the code names no peer"),
+        (lambda rank, size: [send(size, 0)], "rank 0: the code names no peer"),
+    ],
+)
+def test_wrong_schedules(program: object, message: str) -> None:
+    algorithm = replace(own(program), blocks=lambda size: 2)
+    with pytest.raises(ScheduleError, match=message):
+        simulate(algorithm, 3, flat(), 8, method="events")
+
+
+def test_blocks_are_too_much_as_messages_are() -> None:
+    """Ranks of a tree have few messages, but all blocks of the result."""
+    found = simulate(lookup(Collective.ALL_GATHER, "tree"), 24576, flat(), 1 << 20)
+    assert found.method == "closed form"
+
+
+def test_threads_may_simulate_the_same() -> None:
+    double_tree = lookup(Collective.ALL_REDUCE, "double_tree")
+    found: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(simulate(double_tree, 61, flat(), 1 << 20).seconds))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len({*found, simulate(double_tree, 61, flat(), 1 << 20).seconds}) == 1
 
 
 def test_progress_is_told() -> None:

@@ -140,7 +140,7 @@ def test_a_file_that_is_wrong_is_named_by_its_path(tmp_path: Path) -> None:
 
 # ---- what is wrong: a line of TEXT, what stands there instead, the line and the words of the error
 
-AT = "seconds, 0 or more, and got"
+AT = "seconds, 0 to 1e6, and got"
 SIZES = "sizes = [4096, 65536, 1048576]"
 WRONG: list[tuple[str, str, int, str]] = [
     # Fields that do not exist, are missing, or stand where they should not.
@@ -166,18 +166,23 @@ WRONG: list[tuple[str, str, int, str]] = [
     ('name = "LL"', "name = {}", 33, "protocol.name: wanted is a name without a dot, and got {}"),
     ("alpha = 1e-6", 'alpha = "1e-6"', 17, f"level.alpha: wanted is {AT} '1e-6'"),
     ("alpha = 1e-6", "alpha = true", 17, f"level.alpha: wanted is {AT} True"),
-    ("alpha = 1e-6", "alpha.x = 1", 17, "level.alpha: wanted is seconds, 0 or more, and got {'x': 1}"),
+    ("alpha = 1e-6", "alpha.x = 1", 17, "level.alpha: wanted is seconds, 0 to 1e6, and got {'x': 1}"),
     ("slots = 8", "slots = 8.0", 8, "rank.slots: wanted is an integer, 0 or more, and got 8.0"),
     ("slots = 8", "slots = true", 8, "rank.slots: wanted is an integer, 0 or more, and got True"),
     ("slots = 8", "slots = 0xffffffffff", 8, "rank.slots: wanted is an integer, 0 or more, and got 1099511627775"),
     ("slots = 8", "lends = 1", 8, "rank.lends: wanted is true or false, and got 1"),
     ("processors = 0", "processors = 1.5", 9, "rank.processors: wanted is an integer, 0 or more, and got 1.5"),
     ("size = 6", "size = 6.0", 16, "level.size: wanted is an integer, 1 or more, and got 6.0"),
-    ("size = 6", "size = 6\ncores = 2.0", 17, "level.cores: wanted is an integer, 0 or more, and got 2.0"),
-    ("number = 2", "number = 2.5", 29, "level.links.number: wanted is an integer, 1 or more, and got 2.5"),
+    ("size = 6", "size = 6\ncores = 2.0", 17, "level.cores: wanted is an integer, 0 to 65536, and got 2.0"),
+    ("number = 2", "number = 2.5", 29, "level.links.number: wanted is an integer, 1 to 65536, and got 2.5"),
     ("number = 2", 'through = "yes"', 29, "level.links.through: wanted is true or false, and got 'yes'"),
     ('per = "node"', "per = 1", 28, "level.links.per: wanted is a name without a dot, and got 1"),
-    ("capacity = 12.5e9", "capacity = [1.0, 2.0, 3.0]", 30, "level.links.capacity: wanted is bytes per second, more"),
+    (
+        "capacity = 12.5e9",
+        "capacity = [1.0, 2.0, 3.0]",
+        30,
+        "level.links.capacity: wanted is bytes per second, 1 or more",
+    ),
     ("links = { capacity = 6e9 }", "links = 6e9", 37, "protocol.level.system.links: wanted is a table, and got 6000"),
     # Numbers out of bounds.
     ("alpha = 1e-6", "alpha = -1", 17, f"level.alpha: wanted is {AT} -1"),
@@ -185,12 +190,12 @@ WRONG: list[tuple[str, str, int, str]] = [
     ("alpha = 1e-6", "alpha = inf", 17, f"level.alpha: wanted is {AT} inf"),
     ("alpha = 1e-6", f"alpha = 0x{'f' * 9000}", 17, f"level.alpha: wanted is {AT} something too long to be shown"),
     ("alpha = 2.7e-6", "alpha = -2", 36, f"protocol.level.system.alpha: wanted is {AT} -2"),
-    ("rank.fold = 2e-12", "rank.fold = -2", 34, "protocol.rank.fold: wanted is seconds per byte, 0 or more, and got -"),
+    ("rank.fold = 2e-12", "rank.fold = -2", 34, "protocol.rank.fold: wanted is seconds per byte, 0 to 1e6, and got -"),
     ("size = 6", "size = 0", 16, "level.size: wanted is an integer, 1 or more, and got 0"),
     ('name = "system"', 'name = "system"\nsize = 0', 25, "level.size: wanted is an integer, 1 or more, and got 0"),
-    ("number = 2", "number = 0", 29, "level.links.number: wanted is an integer, 1 or more, and got 0"),
-    ("capacity = 12.5e9", "capacity = 0", 30, "level.links.capacity: wanted is bytes per second, more than 0, and got"),
-    ("capacity = 12.5e9", "capacity = nan", 30, "level.links.capacity: wanted is bytes per second, more than 0, and"),
+    ("number = 2", "number = 0", 29, "level.links.number: wanted is an integer, 1 to 65536, and got 0"),
+    ("capacity = 12.5e9", "capacity = 0", 30, "level.links.capacity: wanted is bytes per second, 1 or more, and got"),
+    ("capacity = 12.5e9", "capacity = nan", 30, "level.links.capacity: wanted is bytes per second, 1 or more, and"),
     ("links = { capacity = 6e9 }", "links = { capacity = -6e9 }", 37, "protocol.level.system.links.capacity: wanted"),
     ("slots = 8", "slots = -1", 8, "rank.slots: wanted is an integer, 0 or more, and got -1"),
     # Sizes, and lists for them.
@@ -200,8 +205,8 @@ WRONG: list[tuple[str, str, int, str]] = [
     (SIZES, "sizes = [1,\n3,\n2]", 5, "sizes: wanted are bytes, whole numbers from 1 up,"),
     (SIZES, "sizes = [1,\n1]", 4, "sizes: wanted are bytes, whole numbers from 1 up, ascend"),
     ("fold = [1e-12, 2e-12, 4e-12]", "fold = [1]", 7, "rank.fold: wanted is a number, or one for each of the 3 sizes,"),
-    ("fold = [1e-12, 2e-12, 4e-12]", "fold = [1,\n2,\n-3]", 9, "rank.fold: wanted is seconds per byte, 0 or more, and"),
-    ("fold = [1e-12, 2e-12, 4e-12]", "fold = [1, [2], 3]", 7, "rank.fold: wanted is seconds per byte, 0 or more, and"),
+    ("fold = [1e-12, 2e-12, 4e-12]", "fold = [1,\n2,\n-3]", 9, "rank.fold: wanted is seconds per byte, 0 to 1e6, and"),
+    ("fold = [1e-12, 2e-12, 4e-12]", "fold = [1, [2], 3]", 7, "rank.fold: wanted is seconds per byte, 0 to 1e6, and"),
     (SIZES, "", 7, "rank.fold: wanted is a number, and got a list of 3: lists are for"),
     # Levels, and what names them.
     ('name = "system"', 'name = "node"', 24, "level.name: wanted is a new name, and 'node' is a level already"),
@@ -358,7 +363,7 @@ def test_with_value(topology: Topology) -> None:
         ("LL.node.size", 1, "Two rails has no constant 'LL.node.size': did you mean node.size"),
         ("node.alpha", -1.0, f"node.alpha: wanted is {AT} -1.0"),
         ("LL.node.alpha", True, f"LL.node.alpha: wanted is {AT} True"),
-        ("node.links.number", 3.0, "node.links.number: wanted is an integer, 1 or more, and got 3.0"),
+        ("node.links.number", 3.0, "node.links.number: wanted is an integer, 1 to 65536, and got 3.0"),
         ("node.alpha", (1.0, 2.0), "node.alpha: wanted is a number, or one for each of the 3 sizes, and got a list of"),
         ("node.size", 0, "node.size: wanted is an integer, 1 or more, on every level but the last, and got 0"),
     ],
@@ -374,7 +379,7 @@ def test_with_a_value_that_no_protocol_would_use(topology: Topology) -> None:
 
 
 def test_a_topology_made_in_python_is_checked_alike() -> None:
-    with pytest.raises(WrongField, match=r"^level\[1\].alpha: wanted is seconds, 0 or more, and got -1$"):
+    with pytest.raises(WrongField, match=r"^level\[1\].alpha: wanted is seconds, 0 to 1e6, and got -1$"):
         Topology("x", "", Rank(), (Level("node", 2), Level("all", 0, alpha=-1)))
     with pytest.raises(WrongField, match=r"^protocol\[0\].level: wanted are the levels of the topology"):
         Topology("x", "", Rank(), (Level("all", 0),), {"LL": (Rank(), ())})

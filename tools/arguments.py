@@ -14,6 +14,9 @@ import click
 from ..algorithms import Algorithm, Collective, Replay, algorithms, lookup, replay, to_collective
 from ..errors import ArgumentError
 
+MOST = 10_000
+"""Numbers of ranks, at a time."""
+
 
 def rank_numbers(text: str) -> list[int]:
     """Numbers of ranks, written as in 1-40,64; 6-100x2 is 6 and its doubles up to 100: 6, 12, 24, 48, 96.
@@ -28,7 +31,12 @@ def rank_numbers(text: str) -> list[int]:
         if not written or not 1 <= first <= last:
             wanted = "wanted is something like 5, 1-40,64 or 6-96x2"
             raise click.BadParameter(f"{word.strip()!r} is no number of ranks: {wanted}")
-        found.update(ladder(first, last, int(written[3])) if written[3] else range(first, last + 1))
+        numbers = ladder(first, last, int(written[3])) if written[3] else range(first, last + 1)
+        if len(numbers) > MOST:
+            raise click.BadParameter(
+                f"{word.strip()} are {len(numbers):,} numbers of ranks: wanted are at most {MOST:,}"
+            )
+        found.update(numbers)
     return sorted(found)
 
 

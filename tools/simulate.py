@@ -18,11 +18,11 @@ from ..algorithms.simulator.toml_writer import to_toml
 from ..algorithms.toml_file import load as load_toml
 from ..algorithms.words import count, in_words, to_bytes
 from ..bench.__main__ import a_size, check_writable, words
-from ..bench.record import replace_file
+from ..bench.record import replace_file, replacing
 from ..bench.world import import_or
 from ..collectives.offline import offline_tuner
 from ..collectives.tuner.as_topology import topology_of
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ScheduleError
 from .arguments import load, rank_numbers
 from .simulation_table import Outcome, Study, machines, print_whole, show
 from .terminal import console
@@ -192,11 +192,11 @@ def command(
     if not study.done:
         raise ArgumentError(f"nothing can be simulated: {'; '.join(one.why for one in study.outcomes)}")
     if json_file == STDOUT:
-        click.echo(json.dumps(study.records(), indent=1))
+        click.echo(json.dumps(study.records(), indent=1, allow_nan=False))
     else:
         show(study, console())
     if json_file and json_file != STDOUT:
-        replace_file(json_file, (json.dumps(study.records(), indent=1) + "\n").encode())
+        replace_file(json_file, (json.dumps(study.records(), indent=1, allow_nan=False) + "\n").encode())
     if plot:
         from .simulation_plot import draw
 
@@ -252,6 +252,9 @@ def _check_files(json_file: Path | None, plot: Path | None, *others: Path | None
         if plot.suffix not in (".png", ".svg"):
             raise ArgumentError(f"--plot {plot}: wanted is a name that ends in .png or .svg")
         import_or("matplotlib", "pip install 'abccl[plot]'")
+    for path in (plot, *others):
+        if path == STDOUT:
+            raise ArgumentError("only --json writes to standard output: name a file")
     for path in (json_file, plot, *others):
         if path and path != STDOUT:
             check_writable(path)
@@ -282,7 +285,7 @@ def _outcome(case: Case, machine: Topology, options: Mapping[str, Any], report: 
         return Outcome(*case)
     try:
         return Outcome(*case, found=simulate(algorithm, ranks, machine, nbytes, progress=report, **options))
-    except ArgumentError as error:
+    except (ArgumentError, ScheduleError) as error:
         return Outcome(*case, error=str(error))
 
 
@@ -296,7 +299,7 @@ def _write_trace(path: Path, found: Simulation, machine: Topology, options: Mapp
     again = simulate(found.algorithm, found.ranks, machine, found.nbytes, **recorded)
     assert again.timeline is not None
     slices = timeline.slices_of(again.timeline)
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         timeline.write(file, slices, timeline.rows_of(machine, found.lanes))
 
 
@@ -305,7 +308,7 @@ def _write_goal(path: Path, found: Simulation, machine: Topology, root: int) -> 
 
     rank = machine.without_protocols(found.protocol, found.nbytes).rank
     assert isinstance(rank.fold, (int, float))
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         lines = goal(
             found.algorithm,
             found.ranks,

@@ -58,10 +58,11 @@ def _is_name(value: Any) -> bool:
 
 
 _LARGEST = 2**31 - 1
-_TIME = Kind("seconds, 0 or more", lambda value: _is_number(value, 0), listed=True)
-_TIME_PER_BYTE = Kind("seconds per byte, 0 or more", lambda value: _is_number(value, 0), listed=True)
+_TIME = Kind("seconds, 0 to 1e6", lambda value: _is_number(value, 0, 1e6), listed=True)
+_TIME_PER_BYTE = Kind("seconds per byte, 0 to 1e6", lambda value: _is_number(value, 0, 1e6), listed=True)
 _COUNT = Kind("an integer, 0 or more", lambda value: is_whole(value, 0, _LARGEST))
 ONE_OR_MORE = Kind("an integer, 1 or more", lambda value: is_whole(value, 1, _LARGEST))
+_MANY = 65_536
 _YES_OR_NO = Kind("true or false", lambda value: isinstance(value, bool))
 PART = Kind("a name without a dot", lambda value: _is_name(value) and "." not in value)
 
@@ -83,8 +84,8 @@ RANK = {
 }
 LINKS = {
     "per": PART,
-    "number": ONE_OR_MORE,
-    "capacity": Kind("bytes per second, more than 0", lambda value: _is_number(value, sys.float_info.min, math.inf)),
+    "number": Kind(f"an integer, 1 to {_MANY}", lambda value: is_whole(value, 1, _MANY)),
+    "capacity": Kind("bytes per second, 1 or more", lambda value: _is_number(value, 1, math.inf)),
     "through": _YES_OR_NO,
 }
 LEVEL = {
@@ -93,7 +94,7 @@ LEVEL = {
     "alpha": _TIME,
     "overhead": _TIME,
     "beta": _TIME_PER_BYTE,
-    "cores": _COUNT,
+    "cores": Kind(f"an integer, 0 to {_MANY}", lambda value: is_whole(value, 0, _MANY)),
 }
 
 
@@ -168,6 +169,9 @@ def _check_levels(topology: Topology) -> None:
         seen[level.name] = "is a level already"
         if level.size == 0 and level is not topology.levels[-1]:
             reason = "wanted is an integer, 1 or more, on every level but the last, and got 0"
+            raise WrongField(("level", index, "size"), reason)
+        if topology.units[index] > _LARGEST:
+            reason = f"wanted are at most {_LARGEST} ranks in all, and up to here there are {topology.units[index]}"
             raise WrongField(("level", index, "size"), reason)
 
 

@@ -71,6 +71,8 @@ def closed_form(
     Raises:
         ArgumentError: the algorithm declares no counts for so many ranks.
     """
+    if ranks == 1:
+        return costs_of(topology).launch
     counts = algorithm.counts(ranks) if algorithm.counts else None
     if counts is None:
         raise ArgumentError(

@@ -23,6 +23,7 @@ from ..plan import ALIGNMENT, lower
 from ..registry import Algorithm, on_redefinition
 from ..words import count, did_you_mean
 from ._events import Engine
+from .checks import is_whole
 from .closed_form import STEPS, closed_form
 from .costs import costs_of, levels_of
 from .simulation import CLOSED_FORM, EVENTS, METHODS, SYMMETRY, Simulation, Timeline
@@ -40,11 +41,14 @@ TRIED = 10_000_000
 MOST = 100_000_000
 """Operations that are walked over unless one asks for it: half a minute or so."""
 
+LOWERED = 10_000_000
+"""Messages and blocks that are lowered unless one asks for it, likewise: some microseconds for each, in Python."""
+
 HELD = 200_000_000
 """Operations of one segment, in all lanes, that are walked over at all: some 16 bytes each, in memory."""
 
 KEPT, SIMULATIONS = 3_000_000, 4
-"""Operations whose code is kept for a further simulation, and of how many schedules."""
+"""Messages and blocks whose code is kept for a further simulation, and of how many schedules."""
 
 CHUNK = 200_000
 """Events between two reports of progress."""
@@ -181,8 +185,8 @@ class _Task:
         Raises:
             ArgumentError: what was asked for is too much, or has no timeline.
         """
-        much = self.method != CLOSED_FORM and self.operations * cut.segments > MOST
-        if much and method == AUTO:
+        walks = self.method != CLOSED_FORM
+        if walks and method == AUTO and (self.operations * cut.segments > MOST or self.lowered_parts > LOWERED):
             self.method = CLOSED_FORM
         whose = f"{self.algorithm.name} on {count(self.ranks, 'rank')}"
         held = self.operations * cut.lanes
@@ -195,18 +199,35 @@ class _Task:
             why = "" if method == CLOSED_FORM else f", and {whose} is too much for events"
             raise ArgumentError(f"a closed form has no timeline{why}: take fewer ranks or segments")
 
-    @cached_property
+    @property
     def operations(self) -> int:
-        """About how many operations of a segment are walked over: some ranks are looked at, or counts declared."""
+        """About how many operations of a segment are walked over."""
+        return 3 * self._size[0]
+
+    @property
+    def lowered_parts(self) -> int:
+        """About how many messages and blocks are lowered."""
+        return sum(self._size)
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        """Messages, and blocks in them and at the ends, of the ranks that are walked over: some are looked at, or what
+        is declared."""
+        blocks = len(self.algorithm.collective.before(0, self.ranks, self.algorithm.blocks(self.ranks)))
+        blocks = max(blocks, len(self.algorithm.collective.after(0, self.ranks, self.algorithm.blocks(self.ranks))))
         counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
         if counts is not None and counts.steps > STEPS:
-            return 5 * counts.steps * self.symmetry.period
+            return 2 * counts.steps * self.symmetry.period, (counts.steps + blocks) * self.symmetry.period
         # Round numbers are not typical of ranks: the root of a tree is one. The golden ratio scatters.
         scattered = {int(number * 0.618034 * self.ranks) % self.ranks for number in range(1, 10)}
         some = [0] if self.symmetry.period < self.ranks else sorted(scattered)
-        programs = [self.algorithm.program(rank, self.ranks, self.root) for rank in some]
-        messages = sum(len(step) for program in programs for step in program)
-        return 3 * messages * self.symmetry.period // len(some)
+        messages = parts = 0
+        for rank in some:
+            for step in self.algorithm.program(rank, self.ranks, self.root):
+                messages += len(step)
+                parts += sum(len(message.blocks) for message in step)
+        each = self.symmetry.period / len(some)
+        return int(messages * each), int(parts * each) + blocks * self.symmetry.period
 
     def run(
         self,
@@ -246,17 +267,17 @@ class _Task:
         )
         # Writing the schedules down and walking over them take about as long as each other.
         for number, code in enumerate(self.lowered()):
-            engine.add(code)
+            try:
+                engine.add(code)
+            except ValueError as error:
+                raise self.wrong(f"rank {number}: {error}") from None
             progress((number + 1) / self.symmetry.period / 2)
         start = time.perf_counter()
         while not engine.run(CHUNK):
             progress((1 + engine.progress) / 2)
         took = time.perf_counter() - start
-        if engine.stuck:
-            raise ScheduleError(
-                f"{self.algorithm.collective.value} {self.algorithm.name} never ends on {count(self.ranks, 'rank')}: "
-                f"{engine.stuck}; `abccl verify` names the step"
-            )
+        if engine.problem:
+            raise self.wrong(engine.problem)
         busy = dict(zip((level.name for level in flat.levels), engine.busiest_links))
         used = {level.name: busy[level.name] for level in flat.levels if level.links}
         used[flat.rank.name] = engine.busiest_rank
@@ -271,22 +292,31 @@ class _Task:
             timeline=Timeline(**engine.columns()) if record else None,
         )
 
+    def wrong(self, why: str) -> ScheduleError:
+        """What is raised of a schedule that can not be run."""
+        whose = f"{self.algorithm.collective.value} {self.algorithm.name} on {count(self.ranks, 'rank')}"
+        return ScheduleError(f"{whose} is wrong: {why}; `abccl verify` names the step")
+
     def lowered(self) -> Iterator[npt.NDArray[np.int32]]:
         """The code of the ranks that are walked over; if it is not much, it is kept for who simulates the same next."""
-        code: list[npt.NDArray[np.int32]] = []
-        if self.operations <= KEPT:
-            key = (self.algorithm, self.ranks, self.root)
-            code = _kept[key] = _kept.pop(key, code)
-            for oldest in list(_kept)[:-SIMULATIONS]:
-                del _kept[oldest]
+        key = (self.algorithm, self.ranks, self.root, self.symmetry.period)
+        if key in _kept:
+            yield from _kept[key]
+            return
+        kept: list[npt.NDArray[np.int32]] = []
         for rank in range(self.symmetry.period):
-            if rank == len(code):
-                code.append(lower(self.algorithm, rank, self.ranks, self.root).code)
-            yield code[rank]
+            code = lower(self.algorithm, rank, self.ranks, self.root).code
+            if self.lowered_parts <= KEPT:
+                kept.append(code)
+            yield code
+        if kept:
+            _kept[key] = kept
+            for oldest in list(_kept)[:-SIMULATIONS]:
+                _kept.pop(oldest, None)
 
 
-_kept: dict[tuple[Algorithm, int, int], list[npt.NDArray[np.int32]]] = {}
-"""The code of the first ranks, of the schedules that were simulated last."""
+_kept: dict[tuple[Algorithm, int, int, int], list[npt.NDArray[np.int32]]] = {}
+"""The code of the ranks that were walked over, of the schedules that were simulated last."""
 
 on_redefinition.append(_kept.clear)
 
@@ -304,14 +334,12 @@ def _check(
 ) -> None:
     if isinstance(segment, str) and segment != AUTO:
         raise ArgumentError(f'segment is {segment!r}: wanted is a number of bytes, None, or "{AUTO}"')
-    for what, value, least in (
-        ("ranks", ranks, 1),
-        ("nbytes", nbytes, 0),
-        ("lanes", lanes, 1),
-        ("segment", segment, 1),
-    ):
-        if isinstance(value, int) and value < least:
-            raise ArgumentError(f"{what} is {value}: wanted is {least} or more")
+    numbers: list[tuple[str, object, int]] = [("ranks", ranks, 1), ("nbytes", nbytes, 0), ("lanes", lanes, 1)]
+    if segment is not None and segment != AUTO:
+        numbers.append(("segment", segment, 1))
+    for what, value, least in numbers:
+        if not is_whole(value, least):
+            raise ArgumentError(f"{what} is {value!r}: wanted is an integer, {least} or more")
     topology.check(ranks)
     wants = algorithm.refusal(ranks)
     if wants:

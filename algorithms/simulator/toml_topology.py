@@ -55,6 +55,8 @@ def parse(text: str, source: str) -> Topology:
     document = load(text, source)
     try:
         return _topology(document)
+    except RecursionError:
+        raise ArgumentError(f"{source}: tables within tables within tables, too deep to be read") from None
     except WrongField as error:
         keys = (part for part in error.path if isinstance(part, str))
         field = ".".join(key if re.fullmatch(r"[\w-]{1,60}", key) else checks.in_short(key) for key in keys)

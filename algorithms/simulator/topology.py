@@ -35,8 +35,8 @@ class Rank:
         receive: to copy a byte of a message to where it belongs.
         copy: to copy a byte within the rank.
         fold: gamma; to fold a byte of a message into a sum.
-        lends: whether messages of the first level that may be read in place are (`lent`, `lent_fold`), instead of `send`
-            and `receive`.
+        lends: whether messages of the first level that may be read in place are (`lent`, `lent_fold`), instead of
+            `send` and `receive`.
         lent: to copy a byte that the sender has not put out but lent.
         lent_fold: to fold a byte that is lent.
         slots: messages that each pair of ranks, and lane, has room for; 0 for any number.

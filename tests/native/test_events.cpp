@@ -57,7 +57,7 @@ void test_one_message() {
     check(one.run(1000), "two ranks end");
     check_near(one.ends()[0], 3 + 0.5 + 0.25, "the sender's end");
     check_near(one.seconds(), 3 + 0.5 + 0.25 + 1 + 2 + 0.25 + 8, "the receiver's end");
-    check(one.messages() == 1 && one.stuck().empty() && one.progress() == 1, "one message, and all done");
+    check(one.messages() == 1 && one.problem().empty() && one.progress() == 1, "one message, and all done");
 }
 
 void test_links_are_shared_in_order() {
@@ -118,7 +118,73 @@ void test_lanes_and_segments() {
 void test_stuck() {
     Engine one = engine({receive(1), receive(0)}, line, free_of_cost, four_bytes);
     check(one.run(1000), "nothing can happen");
-    check(one.stuck() == "rank 0 waits for rank 1 to send", one.stuck());
+    check(one.problem() == "rank 0 waits for rank 1 to send", one.problem());
+    Engine other = engine({send(1) + send(1), receive(0)}, line, free_of_cost, four_bytes);
+    check(other.run(1000) && other.problem() == "rank 1 does not take a message that was sent to it", other.problem());
+    const Code two_blocks{1, 7, 0, 2, 0, 1, 5};
+    Engine third = engine({send(1), two_blocks}, line, free_of_cost, four_bytes);
+    check(third.run(1000) && third.problem() == "rank 1 wants 2 blocks from rank 0, which sent 1", third.problem());
+}
+
+// Messages of a channel stay in order, also where their heads are there at the same time, and none overtakes another.
+void test_order() {
+    const Level links{0, 1, 0, 0, 1, 16, 1, false};
+    const Code three_blocks{0, 7, 0, 1, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    const Code take_three{1, 7, 0, 3, 0, 1, 2, 5};
+    const Code take_one{1, 7, 0, 1, 0, 5};
+    Load load{1, 4, 1, 1};
+    Engine one =
+        engine({send(1) + three_blocks + send(1), take_one + take_three + take_one}, links, free_of_cost, load);
+    check(one.run(1000) && one.problem().empty(), one.problem());
+    Engine two = engine({three_blocks + send(1), take_three + take_one}, links, free_of_cost, {1, 1, 1, 1}, true);
+    two.run(1000);
+    for (const Slice& slice : two.slices())
+        if (slice.kind == Slice::message) check_near(slice.end, 1 + 3, "the short message comes after the long one");
+}
+
+// Two nodes of two ranks in two racks: what goes from rack to rack passes the slow link of the node, too.
+void test_through() {
+    const auto levels = [](bool through) {
+        return std::vector<Level>{
+            {2, 1, 0, 0, 1, 0, 0, false}, {4, 1, 0, 0, 2, 1, 3, through}, {0, 1, 0, 0, 4, 1, 2, false}};
+    };
+    for (const bool through : {false, true}) {
+        Engine one({8, 8, false}, levels(through), free_of_cost, four_bytes, true, false);
+        const std::vector<Code> codes{send(4), {}, {}, {}, receive(0), {}, {}, {}};
+        for (const auto& code : codes) one.add(code.data(), code.size());
+        one.run(1000);
+        check_near(one.seconds(), 1 + 4 * (through ? 3 : 2), "the slowest link on the way");
+        check_near(one.busiest_links()[1], through ? 12 : 0, "the node's link");
+    }
+}
+
+// Four lanes and two processors: a fold takes 8 s, and the third lane waits for the first that is free.
+void test_processors() {
+    Costs costs = free_of_cost;
+    costs.fold = 2;
+    costs.processors = 2;
+    Engine one = engine({send(1), receive(0)}, {0, 1, 0, 0, 1, 0, 0, false}, costs, {4, 4, 4, 1});
+    one.run(1000);
+    check_near(one.seconds(), 1 + 2 * 8, "two folds each");
+    costs.processors = 2147483647;
+    Engine all = engine({send(1), receive(0)}, {0, 1, 0, 0, 1, 0, 0, false}, costs, {4, 4, 4, 1});
+    all.run(1000);
+    check_near(all.seconds(), 1 + 8, "one fold each");
+}
+
+// Of two at the same time at a link, who is first does not depend on their numbers but on their places in the tile.
+void test_ties() {
+    const Level shared{0, 0, 0, 0, 4, 1, 1, false};
+    for (const int64_t ties : {4, 2}) {
+        // Ranks 1 and 2 send at once; by places in tiles of two, 2 is 0 and comes first.
+        Engine one({4, 4, false}, {shared}, free_of_cost, {4, 1, 1, ties}, true, true);
+        const std::vector<Code> codes{{}, send(3), send(3), receive(1) + receive(2)};
+        for (const auto& code : codes) one.add(code.data(), code.size());
+        one.run(1000);
+        for (const Slice& slice : one.slices())
+            if (slice.kind == Slice::message)
+                check_near(slice.start, (slice.rank == 1) == (ties == 4) ? 0 : 4, "ties of " + std::to_string(ties));
+    }
 }
 
 // Codes that are cut or changed are refused or run; a sanitizer sees what they read.
@@ -177,6 +243,10 @@ int main() {
     test_cores();
     test_lanes_and_segments();
     test_stuck();
+    test_order();
+    test_through();
+    test_processors();
+    test_ties();
     test_wrong_codes();
     test_wrong_numbers();
     std::printf(failures ? "%d failures\n" : "ok\n", failures);

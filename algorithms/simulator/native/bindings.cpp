@@ -63,7 +63,7 @@ PYBIND11_MODULE(_events, module) {
              })
         .def("run", &Engine::run, py::call_guard<py::gil_scoped_release>())
         .def("columns", &columns)
-        .def_property_readonly("stuck", &Engine::stuck)
+        .def_property_readonly("problem", &Engine::problem)
         .def_property_readonly("seconds", &Engine::seconds)
         .def_property_readonly("events", &Engine::events)
         .def_property_readonly("messages", &Engine::messages)

@@ -40,6 +40,7 @@ Engine::Engine(Symmetry symmetry, std::vector<Level> levels, Costs costs, Load l
         throw std::invalid_argument("slots, processors and cores are 0 or more");
     if (load_.segments < 1 || load_.lanes < 1 || load_.ties < 1)
         throw std::invalid_argument("there is a segment, a lane and a tie at least");
+    if (c.processors) costs_.processors = std::min(c.processors, load_.lanes);
     for (const auto& level : levels_) {
         if (!is_cost(level.alpha) || !is_cost(level.overhead) || !is_cost(level.beta) || !is_cost(level.per_byte))
             throw std::invalid_argument("a cost of a level is no number, 0 or more");
@@ -90,14 +91,14 @@ void Engine::prepare() {
 bool Engine::run(int64_t events) {
     if (!prepared_) prepare();
     const int64_t limit = events_ + events;
-    while (!heap_.empty() && events_ < limit) {
+    while (!heap_.empty() && events_ < limit && wrong_.empty()) {
         const Event event = pop();
         if (event.is_message)
             arrive(event.index, event.time);
         else
             resume(event.index);
     }
-    return heap_.empty();
+    return heap_.empty() || !wrong_.empty();
 }
 
 void Engine::resume(uint32_t index) {
@@ -185,6 +186,12 @@ bool Engine::resume_take(Actor& actor, uint32_t index, const Operation& operatio
             return false;
         }
         const Entry entry = take(channels_[where].arrived);
+        if (entry.blocks != operation.blocks) {
+            wrong_ = "rank " + std::to_string(actor.rank) + " wants " + std::to_string(operation.blocks) +
+                     " blocks from rank " + std::to_string(operation.peer) + ", which sent " +
+                     std::to_string(entry.blocks);
+            return false;
+        }
         wait_until(actor, entry.time, operation.peer);
         actor.registers.push_back(entry.lent);
         actor.taken.push_back(where);
@@ -245,6 +252,7 @@ void Engine::post(Actor& actor, const Operation& operation) {
     message.lane = actor.lane;
     message.segment = actor.segment;
     message.peer = operation.peer;
+    message.blocks = operation.blocks;
     message.level = operation.level;
     message.lent = operation.lends && costs_.lends;
     message.bytes = operation.blocks * load_.block;
@@ -252,7 +260,7 @@ void Engine::post(Actor& actor, const Operation& operation) {
     ++messages_;
     const double head = message.start + levels_[static_cast<size_t>(operation.level)].alpha;
     if (has_links_[static_cast<size_t>(operation.level)])
-        push({head, event_of(actor, 0).order, number, true});
+        push({head, static_cast<uint64_t>(actor.segment), event_of(actor, 0).order, number, true});
     else
         arrive(number, head);
 }
@@ -265,7 +273,7 @@ void Engine::arrive(uint32_t number, double time) {
     Channel& there = channels_[message.channel];
     time = pass(in_, message.receiver, message.level, time, message.bytes) + message.bytes * per_byte_[level];
     there.latest = std::max(there.latest, time);
-    put(there.arrived, there.latest, message.lent);
+    put(there.arrived, {there.latest, none, message.blocks, message.lent});
     ++events_;
     if (record_)
         slices_.push_back({message.sender, message.lane, message.segment, message.peer, Slice::message, message.start,
@@ -283,7 +291,7 @@ void Engine::release(Actor& actor) {
     if (costs_.slots)
         for (const uint32_t where : actor.taken) {
             Channel& there = channels_[where];
-            put(there.released, actor.clock, false);
+            put(there.released, {actor.clock, none, 0, false});
             if (there.sender == none) continue;
             Actor& sender = actors_[there.sender];
             Event event = event_of(sender, there.sender);
@@ -320,7 +328,8 @@ bool Engine::is_earliest(const Actor& actor, uint32_t index) const {
 
 Engine::Event Engine::event_of(const Actor& actor, uint32_t index) const {
     const auto local = static_cast<uint64_t>((actor.rank % load_.ties) * load_.lanes + actor.lane);
-    return {actor.clock, static_cast<uint64_t>(actor.position) << 32 | local, index, false};
+    return {actor.clock, static_cast<uint64_t>(actor.segment), static_cast<uint64_t>(actor.position) << 32 | local,
+            index, false};
 }
 
 void Engine::push(const Event& event) {
@@ -335,15 +344,15 @@ Engine::Event Engine::pop() {
     return event;
 }
 
-void Engine::put(Queue& queue, double time, bool lent) {
+void Engine::put(Queue& queue, const Entry& entry) {
     uint32_t number;
     if (free_entries_.empty()) {
         number = static_cast<uint32_t>(entries_.size());
-        entries_.push_back({time, none, lent});
+        entries_.push_back(entry);
     } else {
         number = free_entries_.back();
         free_entries_.pop_back();
-        entries_[number] = {time, none, lent};
+        entries_[number] = entry;
     }
     (queue.empty() ? queue.first : entries_[queue.last].next) = number;
     queue.last = number;
@@ -364,13 +373,18 @@ void Engine::keep(const Actor& actor, Slice::Kind kind, double start, double byt
     if (record_) slices_.push_back({actor.rank, actor.lane, actor.segment, peer, kind, start, actor.clock, bytes});
 }
 
-std::string Engine::stuck() const {
+std::string Engine::problem() const {
+    if (!wrong_.empty()) return wrong_;
     for (const auto& actor : actors_)
         if (actor.segment < load_.segments) {
             const auto& operation = programs_[static_cast<size_t>(actor.rank)][actor.position];
             return "rank " + std::to_string(actor.rank) + " waits for rank " + std::to_string(operation.peer) +
                    (operation.kind == Operation::take ? " to send" : " to receive");
         }
+    for (size_t number = 0; number < channels_.size(); ++number)
+        if (!channels_[number].arrived.empty())
+            return "rank " + std::to_string(reader_.receivers()[number / static_cast<size_t>(load_.lanes)]) +
+                   " does not take a message that was sent to it";
     return "";
 }
 

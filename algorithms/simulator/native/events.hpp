@@ -61,8 +61,8 @@ class Engine {
     // Goes on for so many events at least, until nothing can happen any more; returns whether that is so.
     bool run(int64_t events);
 
-    // Once nothing can happen: who still waits, and for whom; "" if all are through.
-    std::string stuck() const;
+    // Once nothing can happen: what is wrong with the schedule; "" if all are through.
+    std::string problem() const;
 
     double seconds() const;
     int64_t events() const { return events_; }
@@ -90,6 +90,7 @@ class Engine {
     struct Entry {
         double time;
         uint32_t next;
+        int32_t blocks;
         bool lent;
     };
 
@@ -110,20 +111,23 @@ class Engine {
         int32_t sender, receiver, lane;
         int64_t segment;
         int32_t peer;
+        int32_t blocks;
         int16_t level;
         bool lent;
         double bytes, start;
     };
 
-    // Somebody goes on, or a message's head arrives.
+    // Somebody goes on, or a message's head arrives. At the same time the older segment is first, then who is less far
+    // in its program: so messages of a channel stay in order.
     struct Event {
         double time;
-        uint64_t order;
+        uint64_t segment, order;
         uint32_t index;
         bool is_message;
 
         bool operator<(const Event& other) const {
             if (time != other.time) return time < other.time;
+            if (segment != other.segment) return segment < other.segment;
             if (order != other.order) return order < other.order;
             if (is_message != other.is_message) return is_message;
             return index < other.index;
@@ -149,7 +153,7 @@ class Engine {
     Event event_of(const Actor& actor, uint32_t index) const;
     void push(const Event& event);
     Event pop();
-    void put(Queue& queue, double time, bool lent);
+    void put(Queue& queue, const Entry& entry);
     Entry take(Queue& queue);
     uint32_t channel(const Actor& actor, const Operation& operation) const;
     void keep(const Actor& actor, Slice::Kind kind, double start, double bytes, int32_t peer);
@@ -173,6 +177,7 @@ class Engine {
     std::vector<double> per_byte_;  // of each level: of its messages, on all of their way
     std::vector<double> processors_, cores_;
     std::vector<Slice> slices_;
+    std::string wrong_;
     int64_t events_ = 0, messages_ = 0, done_ = 0;
 };
 
