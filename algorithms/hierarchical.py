@@ -32,6 +32,11 @@ SQUARE = "square"
 _ANY = (HOSTS, SQUARE)
 
 
+def among(algorithm: Algorithm, levels: Callable[[], str]) -> Algorithm:
+    """The algorithm among such groups, if it is one of groups and says nothing of them."""
+    return algorithm.bind(levels=levels()) if dict(algorithm.parameters).get("levels") == HOSTS else algorithm
+
+
 @lru_cache(maxsize=64)
 def _compose(way: Way, size: int, levels: str, inner: str, outer: str, root: int = 0) -> Composition:
     return Composition(way, grouped(square(size) if levels in _ANY else levels), inner, outer, root)

@@ -20,6 +20,7 @@ from abccl.algorithms.simulator import (
     Links,
     Rank,
     Topology,
+    read,
     simulate,
 )
 from abccl.algorithms.simulator.symmetry import Symmetry, find
@@ -279,6 +280,37 @@ def test_closed_forms_come_near(ranks: int, cut: dict[str, int]) -> None:
                 for method in ("closed form", "auto")
             )
             assert 0.45 < rough / exact < 2.7, (algorithm, nbytes)
+
+
+@pytest.mark.parametrize("ranks", [48, 500])
+def test_closed_forms_of_hosts_that_are_not_full_come_near(ranks: int) -> None:
+    for name, nbytes in (("ring", 8 << 10), ("ring", 1 << 20), ("recursive_doubling", 1 << 20)):
+        rough, exact = (
+            simulate(lookup(Collective.ALL_REDUCE, name), ranks, read("ethernet"), nbytes, method=method).seconds
+            for method in ("closed form", "events")
+        )
+        assert 0.45 < rough / exact < 2.7, name
+
+
+def test_groups_are_the_units_of_the_topology() -> None:
+    hierarchical = lookup(Collective.ALL_REDUCE, "hierarchical")
+    for ranks, levels in ((48, "6x8"), (50, "6x8+2")):
+        found = simulate(hierarchical, ranks, cluster(4), 1 << 20)
+        assert found.algorithm is hierarchical.bind(levels=levels)
+    assert simulate(hierarchical.bind(levels="2x4"), 8, cluster(4), 8).algorithm.name == "hierarchical(levels=2x4)"
+    assert simulate(hierarchical, 8, flat(), 8).algorithm is hierarchical
+
+
+def test_one_odd_pair_is_no_symmetry() -> None:
+    def odd(rank: int, size: int) -> list[object]:
+        ring = lookup(Collective.ALL_REDUCE, "ring").program(rank, size)
+        pair = (size // 3 + 2, size - size // 3)
+        other = {pair[0]: pair[1], pair[1]: pair[0]}.get(rank)
+        return [*ring, (send(other, 0), recv(other, 0))] if other is not None else list(ring)
+
+    algorithm = replace(own(odd), blocks=lambda size: size)
+    for ranks in (24, 96):
+        assert find(algorithm, ranks, cluster(6)) is None
 
 
 def test_too_much_is_left_to_the_closed_form() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..algorithms import Algorithm, Collective, algorithms, lookup, to_collective
+from ..algorithms import Algorithm, Collective, algorithms, lookup, replay, to_collective
 from ..algorithms.simulator import AUTO, METHODS, Simulation, Topology, read, shipped, simulate
 from ..algorithms.simulator.toml_writer import to_toml
 from ..algorithms.toml_file import load as load_toml
@@ -42,6 +43,9 @@ def sizes(text: str) -> tuple[int, ...]:
 
 WHOLE = "whole"
 
+PROVED = 16
+"""Ranks on which a user's schedules are replayed, at most."""
+
 
 def a_segment(text: str) -> str | int:
     """A size, "whole" or "auto", for click."""
@@ -67,6 +71,7 @@ def list_topologies(context: click.Context, option: click.Parameter, wanted: boo
     """Print the shipped topologies, and end, for click."""
     if wanted:
         print_whole(machines({name: read(name) for name in shipped()}))
+        click.echo(f"{THIS_MACHINE}: the machine that you are on, as the tuner has measured it among --ranks ranks")
         context.exit()
 
 
@@ -156,7 +161,8 @@ def command(
     fastest algorithm is marked by >.
 
     Long messages are cut into segments, several of them under way at a time, so that pipelines fill: not at all, to
-    4 MiB, 512 KiB and 64 KiB are tried with eight lanes, and the fastest counts, unless --segment and --lanes say how.
+    4 MiB, 1 MiB, 256 KiB and 64 KiB are tried with eight lanes, and the fastest counts, unless --segment and --lanes
+    say how.
 
     \b
     abccl simulate all_reduce --algorithm ring,tree,double_tree --ranks 24576 --topology summit --size 64MB
@@ -164,18 +170,20 @@ def command(
     abccl simulate all_reduce star.py --algorithm star,ring --ranks 8 --topology ethernet --size 1M --trace star.json
     """
     kind = to_collective(collective)
-    if file:
-        load(file)
+    own = load(file) if file else []
     machine = _machine(topology, overrides, ranks, protocol)
     chosen = [lookup(kind, name) for name in names or algorithms(kind)]
     _check_root(kind, root, ranks)
+    _prove([algorithm for algorithm in chosen if algorithm in own], ranks)
     if lanes and segment == AUTO:
         raise ArgumentError(f"--lanes {lanes} is for segments of a given length: add --segment 512K, say")
     study = Study(kind, machine, overrides, root, protocol)
     cases = [(a, number, nbytes) for number in ranks for nbytes in _of_vectors(kind, sizes) for a in chosen]
     runnable = [case for case in cases if case[0].refusal(case[1]) is None]
     if not runnable:
-        raise ArgumentError(f"nothing can be simulated: {'; '.join(Outcome(*case).why for case in cases)}")
+        raise ArgumentError(
+            "\n".join(["nothing can be simulated", *dict.fromkeys(Outcome(*case).why for case in cases)])
+        )
     for option, path in (("--trace", trace), ("--goal", goal)):
         if path and len(runnable) > 1:
             raise ArgumentError(f"{option} is of one schedule: name one algorithm, one number of ranks and one size")
@@ -186,11 +194,13 @@ def command(
     options = {"root": root, "segment": cut, "lanes": lanes or 1, "protocol": protocol}
     options["method"] = method.replace("-", " ")
 
+    begun = time.monotonic()
     with _bar(len(cases), quiet=json_file == STDOUT) as report:
         for number, case in enumerate(cases):
             study.outcomes.append(_outcome(case, machine, options, partial(report, number, case)))
     if not study.done:
-        raise ArgumentError(f"nothing can be simulated: {'; '.join(one.why for one in study.outcomes)}")
+        raise ArgumentError("\n".join(["nothing can be simulated", *dict.fromkeys(one.why for one in study.outcomes)]))
+    study.took = time.monotonic() - begun
     if json_file == STDOUT:
         click.echo(json.dumps(study.records(), indent=1, allow_nan=False))
     else:
@@ -234,6 +244,19 @@ def _check_root(kind: Collective, root: int, ranks: Sequence[int]) -> None:
         raise ArgumentError(f"{kind.value} has no root: leave out --root {root}")
     if not 0 <= root < min(ranks):
         raise ArgumentError(f"--root {root} is none of {count(min(ranks), 'rank')}: they are numbered from 0")
+
+
+def _prove(algorithms: Sequence[Algorithm], ranks: Sequence[int]) -> None:
+    """Replay a user's schedules on a few ranks: times of a wrong one tell nothing.
+
+    Raises:
+        ScheduleError: one is wrong.
+    """
+    few = sorted({number for number in ranks if number <= PROVED} or {min(PROVED, min(ranks))})
+    for algorithm in algorithms:
+        for number in few:
+            if algorithm.refusal(number) is None:
+                replay(algorithm, number)
 
 
 def _of_vectors(kind: Collective, sizes: Sequence[int] | None) -> Sequence[int]:

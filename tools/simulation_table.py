@@ -42,13 +42,14 @@ _FOUND = ("protocol", "segments", "method", "simulated", "seconds", "algbw", "bu
 _WALKED = ("events", "messages", "took")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """Several simulations on one machine.
 
     Attributes:
         topology: the machine, with `overrides`, the constants that were set.
         protocol: what was asked for.
+        took: seconds in all.
     """
 
     collective: Collective
@@ -57,6 +58,7 @@ class Study:
     root: int
     protocol: str | None
     outcomes: list[Outcome] = field(default_factory=list)
+    took: float = 0.0
 
     @property
     def done(self) -> list[Simulation]:
@@ -96,10 +98,16 @@ def show(study: Study, output: Console) -> None:
     print_whole(_table(study))
     for line in _refused(study.outcomes):
         output.print(Text(line, "yellow"), soft_wrap=True)
+    for one in study.done:
+        if one.untried:
+            lengths = ", ".join(map(in_words, one.untried))
+            told = f"{one.algorithm.name}, {one.ranks:,} ranks: not tried, as too many events: --segment {lengths}"
+            output.print(Text(told, "dim"), soft_wrap=True)
     events, took = sum(one.events for one in study.done), sum(one.took for one in study.done)
     if events:
         speed = f": {events / took / 1e6:.1f} million a second" if took else ""
-        output.print(Text(f"{events:,} events in {took:.3g} s{speed}", "dim"), soft_wrap=True)
+        whole = f"; {study.took:.3g} s in all, with writing the schedules down"
+        output.print(Text(f"{events:,} events in {took:.3g} s{speed}{whole}", "dim"), soft_wrap=True)
 
 
 def print_whole(table: Table) -> None:
@@ -119,12 +127,17 @@ def _table(study: Study) -> Table:
         for place, one in enumerate(group):
             wins = place == 0 and len(group) > 1
             cells = [">" if wins else "", one.algorithm.name, f"{one.ranks:,}", in_words(one.nbytes)]
-            cells += [microseconds(one.seconds), bandwidth(one.algbw / 1e9), bandwidth(one.busbw / 1e9)]
+            cells += [microseconds(one.seconds), _bandwidth(one.algbw), _bandwidth(one.busbw)]
             cells += [one.protocol or ""] * bool(study.topology.protocols) + [_cut(one)] * cut
             cells += [_method(one), _busiest(one, study.topology)]
             last = one is group[-1] and len(groups) < len(study.done)
             table.add_row(*map(Text, cells), style="bold green" if wins else "", end_section=last)
     return table
+
+
+def _bandwidth(per_second: float) -> str:
+    """In GB/s; two digits at least."""
+    return bandwidth(per_second / 1e9) if per_second >= 1e7 or not per_second else f"{per_second / 1e9:.2g}"
 
 
 def _groups(done: Iterable[Simulation]) -> list[list[Simulation]]:

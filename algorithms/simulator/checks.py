@@ -105,6 +105,7 @@ def check(topology: Topology) -> None:
     _check_sizes(topology.sizes)
     if not topology.levels:
         raise WrongField(("level",), "wanted is a level at least, and there is none")
+    _check_names(topology)
     _check_way(topology, topology.rank, topology.levels, (), range(len(topology.levels)))
     _check_levels(topology)
     names = [level.name for level in topology.levels]
@@ -161,12 +162,18 @@ def _check_fields(part: object, kinds: Mapping[str, Kind], path: Path, sizes: Se
             kind.check(item, (*where, index))
 
 
-def _check_levels(topology: Topology) -> None:
+def _check_names(topology: Topology) -> None:
+    PART.check(topology.rank.name, ("rank", "name"))
     seen = {"rank": "is what every rank is called", topology.rank.name: "is the rank's name"}
     for index, level in enumerate(topology.levels):
+        PART.check(level.name, ("level", index, "name"))
         if level.name in seen:
             raise WrongField(("level", index, "name"), f"wanted is a new name, and {level.name!r} {seen[level.name]}")
         seen[level.name] = "is a level already"
+
+
+def _check_levels(topology: Topology) -> None:
+    for index, level in enumerate(topology.levels):
         if level.size == 0 and level is not topology.levels[-1]:
             reason = "wanted is an integer, 1 or more, on every level but the last, and got 0"
             raise WrongField(("level", index, "size"), reason)

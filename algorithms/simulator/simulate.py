@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ...errors import ArgumentError, ScheduleError
 from ..collective import Collective
+from ..hierarchical import among
 from ..plan import ALIGNMENT, lower
 from ..registry import Algorithm, on_redefinition
 from ..words import count, did_you_mean
@@ -27,21 +28,24 @@ from .checks import is_whole
 from .closed_form import STEPS, closed_form
 from .costs import costs_of, levels_of
 from .simulation import CLOSED_FORM, EVENTS, METHODS, SYMMETRY, Simulation, Timeline
-from .symmetry import Symmetry, find, tile
+from .symmetry import Symmetry, find, is_rotated, tile
 from .topology import Topology
 
 AUTO = "auto"
 
-CUTS: tuple[tuple[int | None, int], ...] = ((None, 1), (4 << 20, 8), (512 << 10, 8), (64 << 10, 8))
+CUTS: tuple[tuple[int | None, int], ...] = (
+    (None, 1),
+    *((length, 8) for length in (4 << 20, 1 << 20, 256 << 10, 64 << 10)),
+)
 """Segments and lanes that are tried where the segment is "auto"."""
 
-TRIED = 10_000_000
-"""Operations of a cut that is tried."""
+TRIED = 25_000_000
+"""Operations of a cut that is tried; shorter segments are left out."""
 
 MOST = 100_000_000
 """Operations that are walked over unless one asks for it: half a minute or so."""
 
-LOWERED = 10_000_000
+LOWERED = 30_000_000
 """Messages and blocks that are lowered unless one asks for it, likewise: some microseconds for each, in Python."""
 
 HELD = 200_000_000
@@ -80,8 +84,8 @@ def simulate(
         segment: bytes of the longest message; None for messages that are not cut; "auto" for the fastest of `CUTS`,
             which have lanes of their own.
         lanes: segments that are under way at once.
-        method: "auto", or one of `METHODS`. Auto takes symmetry where there is one, else events, up to `MOST` of them,
-            else the closed form.
+        method: "auto", or one of `METHODS`. Auto takes symmetry where there is one, else events, and the closed form
+            where that is more than `MOST` operations or `LOWERED` messages and blocks, or a rank has more than `STEPS`.
         in_place: whether input and output are one, so that nothing need be copied from one to the other.
         record: whether to keep a timeline.
         progress: called from time to time with the part that is done.
@@ -92,6 +96,7 @@ def simulate(
         ScheduleError: the schedule never ends, or it is wrong.
     """
     _check(algorithm, ranks, topology, nbytes, root, protocol, segment, lanes, method)
+    algorithm = in_units(algorithm, ranks, topology)
     task = _Task(algorithm, ranks, nbytes, root, in_place)
     task.choose(method, topology)
     cuts = task.cuts() if isinstance(segment, str) else [task.cut(segment, lanes)]
@@ -113,6 +118,14 @@ def simulate(
     found = [run(number, way, record and len(ways) == 1) for number, way in enumerate(ways)]
     best = min(range(len(ways)), key=lambda number: found[number].seconds)
     return run(len(ways), ways[best], True) if runs > len(ways) else found[best]
+
+
+def in_units(algorithm: Algorithm, ranks: int, topology: Topology) -> Algorithm:
+    """The algorithm among the topology's units, if it is one of groups and says nothing of them: among the largest that
+    are several, as a communicator's is among its hosts."""
+    unit = max((unit for unit in topology.units if 1 < unit < ranks), default=0)
+    rest = f"+{ranks % unit}" if unit and ranks % unit else ""
+    return among(algorithm, lambda: f"{ranks // unit}x{unit}{rest}") if unit else algorithm
 
 
 def cut(algorithm: Algorithm, ranks: int, nbytes: int, segment: int | None) -> tuple[float, int]:
@@ -147,6 +160,7 @@ class _Task:
         self.in_place = in_place
         self.symmetry = Symmetry(ranks)
         self.method = EVENTS
+        self.untried: tuple[int, ...] = ()
 
     def cut(self, segment: int | None, lanes: int) -> _Cut:
         """So that no message is longer than a segment."""
@@ -155,9 +169,11 @@ class _Task:
 
     def cuts(self) -> list[_Cut]:
         """Not cut, and cut in those of `CUTS` that shorten messages and are not too much."""
-        tried = [self.cut(segment, lanes) for segment, lanes in CUTS]
-        whole, *several = tried
-        return [whole, *(cut for cut in several if cut.segments > 1 and self.operations * cut.segments <= TRIED)]
+        whole, *several = (self.cut(segment, lanes) for segment, lanes in CUTS)
+        several = [cut for cut in several if cut.segments > 1]
+        tried = [cut for cut in several if self.operations * cut.segments <= TRIED]
+        self.untried = tuple(cut.segment for cut in several[len(tried) :] if cut.segment)
+        return [whole, *tried]
 
     def choose(self, method: str, topology: Topology) -> None:
         """How it is to be found.
@@ -165,10 +181,9 @@ class _Task:
         Raises:
             ArgumentError: there is no symmetry, and it was asked for.
         """
-        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
-        if method == CLOSED_FORM or (method == AUTO and counts is not None and counts.steps > STEPS):
+        if method == CLOSED_FORM or (method == AUTO and self.is_long):
             self.method = CLOSED_FORM
-        if method != EVENTS and self.root == 0 and not (counts is not None and counts.steps > STEPS):
+        if method != EVENTS and self.root == 0 and not self.is_long:
             found = find(self.algorithm, self.ranks, topology)
             if found:
                 self.symmetry = found
@@ -198,6 +213,12 @@ class _Task:
         if record and self.method == CLOSED_FORM:
             why = "" if method == CLOSED_FORM else f", and {whose} is too much for events"
             raise ArgumentError(f"a closed form has no timeline{why}: take fewer ranks or segments")
+
+    @cached_property
+    def is_long(self) -> bool:
+        """Whether a rank has, by what is declared, more steps than one wants to write down."""
+        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
+        return counts is not None and counts.steps > STEPS
 
     @property
     def operations(self) -> int:
@@ -250,9 +271,10 @@ class _Task:
             self.method,
             0,
             0.0,
+            untried=self.untried,
         )
         if self.method == CLOSED_FORM:
-            alike = self.symmetry.period < self.ranks
+            alike = not self.is_long and is_rotated(self.algorithm, self.ranks)
             seconds = closed_form(
                 self.algorithm, self.ranks, self.root, flat, cut.block, cut.segments, cut.lanes, alike
             )

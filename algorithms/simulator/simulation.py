@@ -53,6 +53,7 @@ class Simulation:
         took: seconds in the event engine.
         utilisation: for each level with links, for which part of the time its busiest link was; and by the rank's name
             the busiest rank, waits left out.
+        untried: lengths of segments that "auto" left out, as there would be too many events.
         timeline: if it was asked for; only the ranks that were walked over.
     """
 
@@ -70,6 +71,7 @@ class Simulation:
     messages: int = 0
     took: float = 0.0
     utilisation: dict[str, float] | None = None
+    untried: tuple[int, ...] = ()
     timeline: Timeline | None = None
 
     @property

@@ -31,6 +31,9 @@ class Symmetry:
 TRIED = 16
 """Periods that are tried."""
 
+COMPARED = 150_000
+"""Messages that are compared, about: half a second. Some ranks are in any case."""
+
 
 def tile(topology: Topology, ranks: int) -> int:
     """By how many ranks a rotation must move them to change nothing in the topology; all, if there is none."""
@@ -46,8 +49,8 @@ def tile(topology: Topology, ranks: int) -> int:
 def find(algorithm: Algorithm, ranks: int, topology: Topology) -> Symmetry | None:
     """The smallest symmetry that the schedule shows, among `TRIED` periods; None if there is none.
 
-    A period is believed when some ranks of it, the first and the last among them, do as their images at its next
-    occurrence, in the middle and at the end: some ranks are looked at, not all.
+    All ranks are compared with those that would stand for them, where they have few enough messages together
+    (`COMPARED`); else some: the first, the last, and others that are scattered among them.
     """
     return _find(algorithm, ranks, tile(topology, ranks))
 
@@ -65,10 +68,15 @@ def _find(algorithm: Algorithm, ranks: int, least: int) -> Symmetry | None:
         for mirrored in (False, True):
             if mirrored and (ranks & (ranks - 1) or period & (period - 1)):
                 continue
-            symmetry = Symmetry(period, mirrored)
-            if all(_alike(program, rank, image, ranks, mirrored) for rank, image in _samples(period, ranks)):
-                return symmetry
+            if all(_alike(program, rank, rank % period, ranks, mirrored) for rank in _compared(period, ranks, program)):
+                return Symmetry(period, mirrored)
     return None
+
+
+def is_rotated(algorithm: Algorithm, ranks: int) -> bool:
+    """Whether all ranks do alike, wherever they are."""
+    found = _find(algorithm, ranks, 1)
+    return found is not None and found.period == 1
 
 
 on_redefinition.append(_find.cache_clear)
@@ -81,18 +89,14 @@ def _periods(least: int, ranks: int) -> Iterator[int]:
         yield period
 
 
-def _samples(period: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """Ranks and their images."""
-    times = ranks // period
-    middle = max(1, times // 2)
-    for rank, image in (
-        (0, 1),
-        (period - 1, times - 1),
-        (period // 2, middle),
-        (min(1, period - 1), middle),
-        (0, times - 1),
-    ):
-        yield rank, rank + image * period
+def _compared(period: int, ranks: int, program: Callable[[int], list[Step]]) -> Iterator[int]:
+    """Ranks to be compared with those that stand for them, likely ones to differ first."""
+    yield from {period, ranks - 1, ranks - period, ranks // 2 // period * period + min(1, period - 1)}
+    some = max(4, COMPARED // (1 + sum(len(step) for step in program(0))))
+    if some >= ranks:
+        yield from range(period, ranks)
+    else:
+        yield from (int(number * 0.618034 * ranks) % ranks for number in range(1, some))
 
 
 def _alike(program: Callable[[int], list[Step]], rank: int, image: int, ranks: int, mirrored: bool) -> bool:

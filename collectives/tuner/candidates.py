@@ -12,6 +12,7 @@ import numpy as np
 from ...algorithms import Algorithm, Collective, algorithms, lookup, registry
 from ...algorithms.cost import counts as measured_counts
 from ...algorithms.groups import written
+from ...algorithms.hierarchical import among
 from ...algorithms.model import KINDS, Floats, Outline, Runs, Walk, seconds
 from ...algorithms.plan import ALIGNMENT
 from ...transports.shm import PROTOCOLS
@@ -105,10 +106,7 @@ class Candidate:
 
 def on_hosts(algorithm: Algorithm, hosts: Sequence[Sequence[int]]) -> Algorithm:
     """The algorithm among the groups of ranks that the hosts are, if it says nothing of groups."""
-    levels = dict(algorithm.parameters).get("levels")
-    if levels is None or levels != algorithm.declared["levels"].default or len(hosts) < 2:
-        return algorithm
-    return algorithm.bind(levels=written(hosts))
+    return among(algorithm, lambda: written(hosts)) if len(hosts) > 1 else algorithm
 
 
 Pricing = Walk | Outline
