@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -216,7 +217,7 @@ def _about(runs: Sequence[Run]) -> str:
             f"{error([one.tuner_ratio for one in own]):.0%}, a time against itself "
             f"{error([one.own_ratio for one in own]):.0%})."
         )
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

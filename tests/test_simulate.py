@@ -445,6 +445,12 @@ def test_a_trace_is_the_timeline(topology: Topology, algorithm: str, ranks: int,
             assert latest[event["tid"]]["ts"] == event["ts"] and event["id"] not in ends[event["ph"]]
             ends[event["ph"]][event["id"]] = latest[event["tid"]]
     assert len(ends["s"]) == found.messages and ends["s"].keys() == ends["f"].keys()
+    ways = {phase: {event["id"]: event for event in of(written, phase)} for phase in "be"}
+    assert len(ways["b"]) == found.messages and ways["b"].keys() == ways["e"].keys()
+    assert all(event["ts"] < ways["e"][number]["ts"] for number, event in ways["b"].items())
+    assert sum(event["args"]["bytes"] for event in of(written, "b")) == sum(
+        sent["args"]["bytes"] for sent in ends["s"].values()
+    )
     for number, sent in ends["s"].items():
         taken = ends["f"][number]
         sender, receiver = ((event["tid"] - 1) // found.lanes for event in (sent, taken))
@@ -464,9 +470,9 @@ def test_a_trace_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(timeline, "MOST", 47)
     result = run(*asked, "--method", "events")
     assert result.exit_code == 1
-    assert "a trace of 48 slices is too much for a browser, 47 are the most: take fewer ranks" in result.output
+    assert "a trace of 72 slices is too much for a browser, 47 are the most: take fewer ranks" in result.output
     assert len(rows(result.output)) == 1
-    monkeypatch.setattr(timeline, "MOST", 60)
+    monkeypatch.setattr(timeline, "MOST", 80)
     assert "slices is too much" in run(*asked, "--method", "events").output
     assert Path("trace.json").read_text() == ""
 

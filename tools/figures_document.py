@@ -24,6 +24,9 @@ from .trees_and_rings import (
     shown,
 )
 
+LEAST = 4
+"""Nodes below which bandwidths are not those of NCCL, which has more and faster channels there, and no trees on one."""
+
 PICTURES = {SMALL: "trees-and-rings-latency.png", LARGE: "trees-and-rings-bandwidth.png"}
 
 
@@ -47,7 +50,8 @@ def numbers(nbytes: int, lines: dict[str, Line]) -> str:
         columns.append([f"{a / b:.1f}" for a, b in zip(lines[RING].central, lines[TREE].central)])
         theirs = {n: a / b for n, a, b in zip(MEASURED_NODES, MEASURED[nbytes][RING], MEASURED[nbytes][TREE])}
         columns.append([f"{theirs[n]:.1f}" if n in theirs else "" for n in lines[RING].nodes])
-    return table(head, list(zip([f"{number:,}" for number in ranks], *columns)))
+    rows = list(zip([f"{number:,}" for number in ranks], *columns))
+    return table(head, rows if small else [row for row, nodes in zip(rows, lines[RING].nodes) if nodes >= LEAST])
 
 
 def constants() -> str:
@@ -154,8 +158,8 @@ _MODEL = (
     hwLat says; the NICs let no more through than the table's bandwidth. NCCL 2.4 sends all messages up before it
     sends the first one down. On more than {WIDE} nodes {WALKED} messages of each tree are walked, and each
     further one takes as long as on {WIDE} nodes.""",
-    """On one node and two, NCCL has more and faster channels than here, and on one node it has no trees. The picture
-    leaves out what is above the bandwidth of the NICs.""",
+    """On one node and two, NCCL has more and faster channels than here, and on one node it has no trees. The table
+    of bandwidths begins above that, and the picture leaves out what is above the bandwidth of the NICs.""",
 )
 
 _PLACES = (

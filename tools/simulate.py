@@ -315,8 +315,8 @@ def _outcome(case: Case, machine: Topology, options: Mapping[str, Any], report: 
 def _write_trace(path: Path, found: Simulation, machine: Topology, options: Mapping[str, Any]) -> None:
     from . import timeline
 
-    if 2 * found.messages > timeline.MOST:
-        raise ArgumentError(timeline.too_many(2 * found.messages))
+    if 3 * found.messages > timeline.MOST:
+        raise ArgumentError(timeline.too_many(3 * found.messages))
     way = {"protocol": found.protocol, "segment": found.segment, "lanes": found.lanes}
     recorded = {**options, **way, "record": True}
     again = simulate(found.algorithm, found.ranks, machine, found.nbytes, **recorded)

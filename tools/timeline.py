@@ -23,7 +23,7 @@ _SEND, _RECEIVE, _MESSAGE = map(KINDS.index, ("send", "receive", "message"))
 Channel = tuple[int, ...]
 """A sender, a receiver and a lane, whose messages stay in order."""
 
-_TOWARDS = {"send": "to", "wait": "for", "receive": "from"}
+_TOWARDS = {"send": "to", "wait": "for", "receive": "from", "message": "to"}
 
 
 class Slice(NamedTuple):
@@ -34,6 +34,8 @@ class Slice(NamedTuple):
         name: what stands in the picture: "wait for 3".
         arguments: what is told of it when it is clicked on.
         sends, takes: the number of the message that leaves with it, or that it takes. Each number stands at two slices.
+        under_way: the number of the message whose way it is, from when it takes a link until it is there. These may
+            overlap, and stand in rows of their own.
     """
 
     rank: int
@@ -45,6 +47,7 @@ class Slice(NamedTuple):
     arguments: Mapping[str, object]
     sends: int | None = None
     takes: int | None = None
+    under_way: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ def _events(one: Slice, rows: Rows, begun: set[tuple[str, int]]) -> Iterator[dic
     # a start from being cut off to the nanosecond before.
     start, end = round(one.start * 1e9), round(one.end * 1e9)
     shown = {**place, "ts": (start + 0.1) / 1e3}
+    if one.under_way is not None:
+        about = {"name": one.name, "cat": "way", "id": one.under_way, **place}
+        yield {"ph": "b", **about, "ts": shown["ts"], "args": dict(one.arguments)}
+        yield {"ph": "e", **about, "ts": max(end, start + 1) / 1e3}
+        return
     yield {
         "ph": "X",
         "name": one.name,
@@ -132,7 +140,7 @@ def slices_of(timeline: Timeline) -> Iterator[Slice]:
     Raises:
         ArgumentError: there are more than `MOST`.
     """
-    number = int((timeline.kind != _MESSAGE).sum())
+    number = len(timeline.kind)
     if number > MOST:
         raise ArgumentError(too_many(number))
     return _in_order(timeline)
@@ -150,19 +158,20 @@ def _in_order(timeline: Timeline) -> Iterator[Slice]:
     leaving, arriving = _messages(timeline), _messages(timeline)
     under_way: dict[Channel, deque[int]] = defaultdict(deque)
     there = set(timeline.rank.tolist())
-    sent = 0
+    sent = ways = 0
     for place in np.argsort(timeline.start, kind="stable").tolist():
         kind = int(timeline.kind[place])
-        if kind == _MESSAGE:
-            continue
         rank, lane, peer = (int(column[place]) for column in (timeline.rank, timeline.lane, timeline.peer))
         nbytes, sends, takes = float(timeline.nbytes[place]), None, None
+        name = KINDS[kind]
+        way: int | None = None
         if kind == _SEND and peer in there:
             nbytes, sends, sent = leaving[rank, peer, lane].popleft(), sent, sent + 1
             under_way[rank, peer, lane].append(sends)
         elif kind == _RECEIVE and peer in there:
             nbytes, takes = arriving[peer, rank, lane].popleft(), under_way[peer, rank, lane].popleft()
-        name = KINDS[kind]
+        elif kind == _MESSAGE:
+            way, ways = ways, ways + 1
         yield Slice(
             rank,
             lane,
@@ -173,6 +182,7 @@ def _in_order(timeline: Timeline) -> Iterator[Slice]:
             {"segment": int(timeline.segment[place])} | ({"bytes": round(nbytes)} if nbytes else {}),
             sends,
             takes,
+            way,
         )
 
 
