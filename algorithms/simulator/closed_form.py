@@ -83,13 +83,12 @@ def closed_form(
         return costs_of(topology).launch
     levels, costs = levels_of(topology, ranks), costs_of(topology)
     blocks = algorithm.blocks(ranks) if algorithm.collective.cut else ranks
-    seen = _look(algorithm, ranks, root, tile(topology, ranks), alike, levels, costs, block, lanes) or _Seen(
-        0.0,
-        counts.steps,
-        float(counts.sent) * blocks,
-        max(level.alpha + 2 * level.overhead for level in levels),
-        max(max(level.beta, level.per_byte) for level in levels),
-    )
+    if counts.steps <= STEPS:
+        seen = _look(algorithm, ranks, root, tile(topology, ranks), alike, levels, costs, block, lanes)
+    else:
+        latency = max(level.alpha + 2 * level.overhead for level in levels)
+        per_byte = max(max(level.beta, level.per_byte) for level in levels)
+        seen = _Seen(0.0, counts.steps, float(counts.sent) * blocks, latency, per_byte)
     sent = block * max(seen.sent, counts.steps)
     folded = block * max(float(counts.folded) * blocks, counts.steps * FOLDING.get(algorithm.collective, 0.0))
     beta = seen.per_byte + costs.send + (0.0 if folded else costs.receive)
@@ -111,11 +110,8 @@ def _look(
     costs: Costs,
     block: float,
     lanes: int,
-) -> _Seen | None:
-    """What the ranks of the first unit, one in the middle and the last show; None if they have too many steps."""
-    counts = algorithm.counts(ranks) if algorithm.counts else None
-    if counts and counts.steps > STEPS:
-        return None
+) -> _Seen:
+    """What the ranks of the first unit, one in the middle and the last show."""
     links: defaultdict[tuple[int, int, bool], float] = defaultdict(float)
     busy, steps, sent = [0.0], [1], [0]
     processors = min(costs.processors or lanes, lanes)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import isinf
 from typing import NamedTuple, cast
 
-from ...errors import ArgumentError
 from .topology import Level, Topology
 
 
@@ -72,20 +71,12 @@ def _per_byte(level: Level) -> float:
 
 
 def costs_of(topology: Topology) -> Costs:
-    """What a rank costs.
-
-    Raises:
-        ArgumentError: more than one level has cores.
-    """
+    """What a rank costs. A topology has cores on one level at most, whose units have a size."""
     rank = topology.rank
-    crowds = [(unit, level.cores) for level, unit in zip(topology.levels, topology.units) if level.cores]
-    if len(crowds) > 1:
-        raise ArgumentError(f"{topology.name}: cores stand at several levels: wanted is one, whose units are hosts")
-    crowd, cores = crowds[0] if crowds else (0, 0)
-    if crowds and not crowd:
-        raise ArgumentError(f"{topology.name}: the level with cores has no size: write how many there are in one")
+    crowds = ((unit, level.cores) for level, unit in zip(topology.levels, topology.units) if level.cores)
+    crowd, cores = next(crowds, (0, 0))
     constants = {name: cast(float, value) for name, value in vars(rank).items() if name in Costs._fields}
-    return Costs(**constants, crowd=crowd or 0, cores=cores)  # type: ignore[arg-type]
+    return Costs(**constants, crowd=crowd, cores=cores)  # type: ignore[arg-type]
 
 
 def level_of(rank: int, peer: int, levels: Sequence[LevelCosts]) -> int:

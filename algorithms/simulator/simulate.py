@@ -215,10 +215,15 @@ class _Task:
             raise ArgumentError(f"a closed form has no timeline{why}: take fewer ranks or segments")
 
     @cached_property
+    def declared_steps(self) -> int:
+        """The steps that are declared, 0 if none are."""
+        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
+        return counts.steps if counts else 0
+
+    @property
     def is_long(self) -> bool:
         """Whether a rank has, by what is declared, more steps than one wants to write down."""
-        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
-        return counts is not None and counts.steps > STEPS
+        return self.declared_steps > STEPS
 
     @property
     def operations(self) -> int:
@@ -234,11 +239,10 @@ class _Task:
     def _size(self) -> tuple[int, int]:
         """Messages, and blocks in them and at the ends, of the ranks that are walked over: some are looked at, or what
         is declared."""
-        blocks = len(self.algorithm.collective.before(0, self.ranks, self.algorithm.blocks(self.ranks)))
-        blocks = max(blocks, len(self.algorithm.collective.after(0, self.ranks, self.algorithm.blocks(self.ranks))))
-        counts = self.algorithm.counts(self.ranks) if self.algorithm.counts else None
-        if counts is not None and counts.steps > STEPS:
-            return 2 * counts.steps * self.symmetry.period, (counts.steps + blocks) * self.symmetry.period
+        kind, cut_into = self.algorithm.collective, self.algorithm.blocks(self.ranks)
+        blocks = max(len(ends(0, self.ranks, cut_into)) for ends in (kind.before, kind.after))
+        if self.is_long:
+            return 2 * self.declared_steps * self.symmetry.period, (self.declared_steps + blocks) * self.symmetry.period
         # Round numbers are not typical of ranks: the root of a tree is one. The golden ratio scatters.
         scattered = {int(number * 0.618034 * self.ranks) % self.ranks for number in range(1, 10)}
         some = [0] if self.symmetry.period < self.ranks else sorted(scattered)

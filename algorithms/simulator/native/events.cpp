@@ -278,12 +278,7 @@ void Engine::arrive(uint32_t number, double time) {
     if (record_)
         slices_.push_back({message.sender, message.lane, message.segment, message.peer, Slice::message, message.start,
                            there.latest, message.bytes});
-    if (there.receiver == none) return;
-    Actor& receiver = actors_[there.receiver];
-    Event event = event_of(receiver, there.receiver);
-    event.time = std::max(event.time, there.latest);
-    push(event);
-    there.receiver = none;
+    wake(there.receiver, there.latest);
 }
 
 // The slots of what a step has received are free again; their senders know a latency later.
@@ -292,15 +287,19 @@ void Engine::release(Actor& actor) {
         for (const uint32_t where : actor.taken) {
             Channel& there = channels_[where];
             put(there.released, {actor.clock, none, 0, false});
-            if (there.sender == none) continue;
-            Actor& sender = actors_[there.sender];
-            Event event = event_of(sender, there.sender);
-            event.time = std::max(event.time, actor.clock);
-            push(event);
-            there.sender = none;
+            wake(there.sender, actor.clock);
         }
     actor.taken.clear();
     actor.registers.clear();
+}
+
+// Whoever waits here, if anybody does, goes on at that time.
+void Engine::wake(uint32_t& waiting, double time) {
+    if (waiting == none) return;
+    Event event = event_of(actors_[waiting], waiting);
+    event.time = std::max(event.time, time);
+    push(event);
+    waiting = none;
 }
 
 // A message takes a link of each level on its side, the first that is free, and all at the same time. Returns when.

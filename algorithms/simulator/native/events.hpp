@@ -149,6 +149,7 @@ class Engine {
     void post(Actor& actor, const Operation& operation);
     void arrive(uint32_t message, double time);
     void release(Actor& actor);
+    void wake(uint32_t& waiting, double time);
     double pass(std::vector<Links>& links, int64_t rank, int16_t level, double time, double bytes);
     Event event_of(const Actor& actor, uint32_t index) const;
     void push(const Event& event);
