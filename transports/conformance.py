@@ -378,6 +378,7 @@ def check_runs_again(make: Make, patience: float = PATIENCE) -> None:
             if trial.input is not None:
                 trial.input[:] = turn
             trial.start().wait(time.monotonic() + patience)
+            trial.fetch()
             assert trial.output is not None and (trial.output == turn).all(), f"run {turn}: came {trial.output}"
 
     with make(3) as group:
@@ -426,7 +427,8 @@ def check_mismatch(make: Make, patience: float = PATIENCE) -> None:
         called = (own, other)
 
         def main(transport: Transport, called: tuple[Case, Case] = called) -> None:
-            Trial(transport, called[transport.rank]).start().wait(time.monotonic() + patience)
+            trial = Trial(transport, called[transport.rank])
+            trial.start().wait(time.monotonic() + patience)
 
         with make(2) as group:
             for outcome in outcomes(group, main, patience):
@@ -443,12 +445,14 @@ def check_absent_rank(make: Make, patience: float = PATIENCE) -> None:
         if transport.rank == 2:
             _is_broken(transport, DeadlineExceeded, patience)
         else:
-            Trial(transport, case).start().wait(time.monotonic() + 0.02)
+            trial = Trial(transport, case)
+            trial.start().wait(time.monotonic() + 0.02)
 
     def aborted(transport: Transport) -> None:
         if transport.rank == 2:
             return
-        execution = Trial(transport, case).start()
+        trial = Trial(transport, case)
+        execution = trial.start()
         if transport.rank == 0:
             execution.abort("enough")
         execution.wait(time.monotonic() + patience)

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from ..algorithms import Collective
 from ..algorithms.plan import Plan
 from ..errors import DeadlineExceeded, Mismatch, TransportError
@@ -134,6 +137,35 @@ class Prepared(Protocol):
         """
 
 
+class Placed(Protocol):
+    """Bytes of the host with their image where a transport's plans run.
+
+    Attributes:
+        address: of the image.
+    """
+
+    address: int
+
+    def store(self) -> None:
+        """Make the image as the bytes are."""
+
+    def fetch(self) -> None:
+        """Make the bytes as the image is. Whatever writes it must be done."""
+
+
+class _InPlace:
+    """Host memory is its own image."""
+
+    def __init__(self, image: npt.NDArray[np.uint8]) -> None:
+        self.address = int(image.ctypes.data)
+
+    def store(self) -> None:
+        pass
+
+    def fetch(self) -> None:
+        pass
+
+
 class Transport(ABC):
     """A group of ranks that can exchange messages. Not thread-safe: the communicator serialises its calls.
 
@@ -145,6 +177,9 @@ class Transport(ABC):
 
     collectives: ClassVar[frozenset[Collective]] = frozenset()
     """Those that its engine has of its own, for `prepare_native`."""
+
+    device: str = "cpu"
+    """Where the buffers of its plans lie: "cpu" or "cuda". The verbs' are in host memory."""
 
     rank: int
     size: int
@@ -215,6 +250,10 @@ class Transport(ABC):
             name: no other split of this transport has it.
         """
         raise TransportError(f"{self.name} makes no transport of a part of its ranks")
+
+    def place(self, image: npt.NDArray[np.uint8]) -> Placed:
+        """An image of these bytes where plans can use it. The caller keeps both while it is used."""
+        return _InPlace(image)
 
     def set_bell(self, ring: Callable[[], None]) -> bool:
         """Call `ring`, from any thread, whenever `progress` may find something new.

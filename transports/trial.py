@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..algorithms import Algorithm, Collective, algorithms
 from ..algorithms.plan import Scaling, Sizes, bind, cut, exchange_matrix, lower, parts
 from ..errors import ArgumentError
-from .contract import Execution, NativeCall, Operation, Prepared, Transport
+from .contract import Execution, NativeCall, Operation, Placed, Prepared, Transport
 from .types import NUMBERS, OPERATORS, check_operator, numpy_dtype, numpy_operator
 
 Array = npt.NDArray[Any]
@@ -164,6 +164,8 @@ class Trial:
         )
         dtype, wanted = numpy_dtype(case.dtype), case.wanted(self.rank)
         self.memories: list[Array] = []
+        self.places: list[Placed] = []
+        self.transport = transport
         self.input = self._guarded(case.given(self.rank)) if case.gives(self.rank) else None
         self.output = None
         if wanted is not None and case.in_place and self.input is not None:
@@ -181,10 +183,18 @@ class Trial:
 
     def start(self) -> Execution:
         """Start the run."""
-        return self.prepared.start(*(0 if a is None else int(a.ctypes.data) for a in (self.input, self.output)))
+        for placed in self.places:
+            placed.store()
+        return self.prepared.start(self._address(self.input), self._address(self.output))
+
+    def fetch(self) -> None:
+        """Once the run is done: look at what it has made of the buffers."""
+        for placed in self.places:
+            placed.fetch()
 
     def verify(self) -> None:
         """Compare with numpy; nothing but the output may have changed."""
+        self.fetch()
         wanted, me = self.case.wanted(self.rank), f"rank {self.rank} in {self.case}"
         if wanted is not None and self.output is not None and not np.array_equal(self.output, wanted):
             wrong = np.flatnonzero(self.output != wanted)
@@ -213,9 +223,20 @@ class Trial:
         )
         return transport.prepare(plan, case.operation())
 
+    def _address(self, array: Array | None) -> int:
+        """Where plans find the array: in the image of the memory that it is a part of."""
+        if array is None:
+            return 0
+        start = int(array.ctypes.data)
+        for memory, placed in zip(self.memories, self.places, strict=True):
+            if memory.ctypes.data <= start <= memory.ctypes.data + memory.nbytes - _GUARD:
+                return placed.address + start - int(memory.ctypes.data)
+        raise AssertionError("an array of a trial lies in none of its memories")
+
     def _guarded(self, values: Array) -> Array:
         memory = np.full(values.nbytes + 2 * _GUARD, 0xA5, np.uint8)
         self.memories.append(memory)
+        self.places.append(self.transport.place(memory))
         inner = memory[_GUARD : _GUARD + values.nbytes].view(values.dtype)
         inner[:] = values
         return inner

@@ -1,0 +1,333 @@
+"""The device engine: runs plans on memory of a CUDA device, by commands (`commands.py`) on a stream.
+
+A wire whose commands only enqueue has one lane: everything is in one order on one stream, which is the order of each
+lane that replay proves. A run has then been started when all of it is enqueued, the host waits for nothing, and it may
+be captured in a CUDA graph. A wire that the host drives has several lanes, each a generator that stops where the host
+must wait.
+
+What ranks tell each other beside messages, errors and who called what, goes over a host transport (`watch.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..algorithms import Collective
+from ..algorithms.plan import Plan
+from ..errors import AbcclError, ArgumentError, ClosedError
+from .commands import Command, Kernels, PlanCommands, Wire
+from .contract import NativeCall, Operation, Placed, Prepared, Request, Transport
+from .running import Running
+from .watch import Watch
+
+KEPT = 16
+"""Pairs of buffers for which a plan keeps its commands."""
+
+
+class DeviceTransport(Transport):
+    """Ranks that each have a CUDA device, or share some.
+
+    Args:
+        host: a transport of the same ranks, for this one alone: the verbs over host memory, errors, lost peers.
+        driver: of the device (`cuda/driver.py`).
+        kernels: its kernels.
+        wire: how messages of plans move.
+
+    Attributes:
+        stream: where runs are enqueued; a stream of the transport's own until somebody sets it.
+        timeout: seconds after which a run that has not ended fails, counted from when it was enqueued.
+    """
+
+    device = "cuda"
+
+    def __init__(self, host: Transport, driver: Any, kernels: Kernels, wire: Wire, timeout: float = 600.0) -> None:
+        self.host, self.driver, self.kernels, self.wire, self.timeout = host, driver, kernels, wire, timeout
+        self.name = wire.name  # type: ignore[misc]
+        self.rank, self.size = host.rank, host.size
+        self.lanes, self.slot_bytes = wire.lanes, wire.slot_bytes
+        self.lock = threading.RLock()  # of the host transport, which has no lock of its own
+        self._threads = threading.local()
+        self.make_current()
+        self.own_stream = self.stream = driver.create_stream()
+        self.watch = Watch(self)
+        self._memory: list[int] = []
+        self._scratch = (0, 0)
+        self._events: list[int] = []
+        self._last: tuple[int, Event, int | None] | None = None  # the last run's stream, its end, and what captured it
+        self._closed = False
+
+    # ---- the host's part
+
+    def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
+        """See `Transport.post_send`: from host memory."""
+        self._check_open()
+        with self.lock:
+            return self.host.post_send(peer, tag, data)
+
+    def post_recv(self, peer: int, tag: int, into: memoryview) -> Request:
+        """See `Transport.post_recv`: into host memory."""
+        self._check_open()
+        with self.lock:
+            return self.host.post_recv(peer, tag, into)
+
+    def progress(self) -> None:
+        """See `Transport.progress`."""
+        self.check()
+        try:
+            with self.lock:
+                self.host.progress()
+        except AbcclError as error:
+            self.watch.fail(error)
+            raise
+
+    def abort(self, error: Exception) -> None:
+        """See `Transport.abort`. What waits on the device is let go by the watch."""
+        self.host.abort(error)
+        self.watch.fail(error)
+
+    def abandon(self, kept: object) -> None:
+        """See `Transport.abandon`."""
+        self.host.abandon(kept)
+
+    def check(self) -> None:
+        """Raise what this transport has failed with, if it has."""
+        self._check_open()
+        if self.watch.error is not None:
+            error = self.watch.error
+            raise type(error)(*error.args)
+
+    def close(self) -> None:
+        """See `Transport.close`. Waits until the device has done, or let go of, what is under way here."""
+        if self._closed:
+            return
+        self.make_current()
+        self.watch.stop()
+        self._closed = True
+        self.wire.close()
+        self.host.close()
+        for address in self._memory:
+            self.driver.free(address)
+        for event in self._events:
+            self.driver.destroy_event(event)
+        self.driver.destroy_stream(self.own_stream)
+
+    def place(self, image: npt.NDArray[np.uint8]) -> Placed:
+        """See `Transport.place`: in device memory."""
+        self.make_current()
+        return _OnDevice(self.driver, image)
+
+    # ---- plans
+
+    @property
+    def collectives(self) -> frozenset[Collective]:  # type: ignore[override]
+        """Those that the wire's library has of its own."""
+        found: frozenset[Collective] = getattr(self.wire, "collectives", frozenset())
+        return found
+
+    def prepare(self, plan: Plan, operation: Operation) -> Prepared:
+        """The plan as commands on a stream."""
+        self.make_current()
+        own = getattr(self.wire, "prepare", None)
+        made = own(plan, operation) if own is not None else None
+        return DevicePlan(self, operation.signature, operation.text, made or PlanCommands(self, plan, operation).make)
+
+    def prepare_native(self, call: NativeCall) -> Prepared:
+        """See `Transport.prepare_native`: the wire's library's."""
+        own = getattr(self.wire, "prepare_native", None)
+        if own is None:
+            return super().prepare_native(call)
+        return DevicePlan(self, 0, call.text, own(call))
+
+    def make_current(self) -> None:
+        """Before a thread's first call of the driver."""
+        if not hasattr(self._threads, "is_current"):
+            self.driver.make_current()
+            self._threads.is_current = True
+
+    def scratch(self, nbytes: int) -> int:
+        """Device memory for the run under way: runs follow each other in the order of the stream, and share it."""
+        address, there = self._scratch
+        if nbytes > there:
+            # What commands were made with stays valid: older blocks are kept, less than this one together.
+            there = max(nbytes, 2 * there)
+            self._scratch = address, there = self.driver.allocate(there), there
+            self._memory.append(address)
+        return address
+
+    def enter(self, stream: int) -> int | None:
+        """Before a run is enqueued: behind the run before it, wherever that was. What captures the stream, if any."""
+        capture = self.driver.capture_id(stream)
+        if self._last is not None:
+            last_stream, end, captured_by = self._last
+            # An event of another capture, or of none, can not be waited for in this one: who captures orders that.
+            if last_stream != stream and captured_by == capture:
+                self.driver.wait_event(stream, end.handle)
+        return int(capture) if capture is not None else None
+
+    def leave(self, stream: int, capture: int | None) -> Event:
+        """A run is enqueued: the event of its end."""
+        end = Event(self.driver, self._events)
+        self.driver.record(end.handle, stream)
+        self._last = (stream, end, capture)
+        return end
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: rank {self.rank} of {self.size} is closed: make a new one")
+
+
+class Event:
+    """An event of the driver's, used again when the last reference to it has gone."""
+
+    def __init__(self, driver: Any, free: list[int]) -> None:
+        self._free, self.handle = free, free.pop() if free else int(driver.create_event())
+
+    def __del__(self) -> None:
+        self._free.append(self.handle)
+
+
+class DevicePlan:
+    """What runs on the device, made ready.
+
+    Args:
+        make: gives the commands of each lane for an input and an output.
+    """
+
+    def __init__(
+        self, transport: DeviceTransport, signature: int, text: str, make: Callable[[int, int], list[list[Command]]]
+    ) -> None:
+        self.transport, self.signature, self.text, self._make = transport, signature, text, make
+        self._made: OrderedDict[tuple[int, int], list[list[Command]]] = OrderedDict()
+
+    def start(self, input: int, output: int) -> DeviceExecution:
+        """See `Prepared.start`: on the transport's stream."""
+        return DeviceExecution(self, input, output)
+
+    def commands(self, input: int, output: int) -> list[list[Command]]:
+        """What each lane does on these buffers.
+
+        Raises:
+            ArgumentError: it was never run, and the stream is being captured: memory can not be allocated then.
+        """
+        key = (input, output)
+        if key in self._made:
+            self._made.move_to_end(key)
+            return self._made[key]
+        transport = self.transport
+        if not self._made and transport.driver.capture_id(transport.stream) is not None:
+            raise ArgumentError(
+                f"{self.text}: its first run can not be captured in a graph, since it allocates memory: run it once on "
+                "such arrays before the capture"
+            )
+        self._made[key] = made = self._make(input, output)
+        if len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return made
+
+
+class DeviceExecution(Running):
+    """One run: enqueued as far as the host need not wait."""
+
+    def __init__(self, prepared: DevicePlan, input: int, output: int) -> None:
+        self.prepared, self.transport = prepared, prepared.transport
+        transport = self.transport
+        transport.make_current()
+        transport.progress()  # peers may have failed meanwhile
+        self.stream = transport.stream
+        self.end: Event | None = None
+        lanes = prepared.commands(input, output)
+        self.number = transport.runs
+        transport.runs = (self.number + 1) & 0xFFFFFFFF
+        self.capture = transport.enter(self.stream)
+        if self.capture is not None and transport.wire.host_driven:
+            raise ArgumentError(f"{prepared.text}: {transport.name} is driven by the host, and can not be in a graph")
+        self.entry = transport.watch.begin(self)
+        self.lanes = [self._run(commands) for commands in lanes]
+        try:
+            if self.capture is not None:
+                transport.kernels.tick(transport.watch.words()[0], self.stream)
+            self._enqueue()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    @property
+    def enqueued(self) -> bool:
+        """Whether the host has done its part."""
+        return not self.lanes
+
+    def finished(self) -> bool:
+        """Whether the device has done its part, too. Asks the driver; raises nothing of the transport's."""
+        if self.end is None:
+            return False
+        self.transport.make_current()
+        return self.capture is not None or bool(self.transport.driver.is_done(self.end.handle))
+
+    def enqueue(self, deadline: float) -> None:
+        """Do the host's part, waiting where it must: see `Execution.wait`."""
+        self._wait(lambda: self.enqueued or self._enqueue(), deadline)
+
+    def _advance(self) -> bool:
+        self.transport.progress()
+        return self._enqueue() and self.finished() and self.transport.watch.has_compared(self.number)
+
+    def _enqueue(self) -> bool:
+        if self.lanes:
+            self.lanes = [lane for lane in self.lanes if next(lane, "end") != "end"]
+            if not self.lanes:
+                self._leave()
+        return not self.lanes
+
+    def _leave(self) -> None:
+        if self.capture is not None:
+            self.transport.kernels.tick(self.transport.watch.words()[1], self.stream)
+        self.end = self.entry.end = self.transport.leave(self.stream, self.capture)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.lanes:
+            # What is enqueued may wait, and the watch lets it go: it must know when it has ended.
+            self.lanes = []
+            with contextlib.suppress(AbcclError):
+                self._leave()
+        super()._fail(error)
+
+    def _run(self, commands: Sequence[Command]) -> Iterator[None]:
+        for command in commands:
+            waits = command(self.stream)
+            if waits is not None:
+                yield from waits
+
+    def _late(self) -> str:
+        transport = self.transport
+        return (
+            f"{self.prepared.text} #{self.number + 1}: rank {transport.rank} of {transport.size} is not done at its "
+            f"deadline{transport.watch.about(self.number)}: have all ranks called it, are they alive? If they are only "
+            f"slow, give a longer timeout"
+        )
+
+
+class _OnDevice:
+    """An image of device memory: see `Placed`."""
+
+    def __init__(self, driver: Any, image: npt.NDArray[np.uint8]) -> None:
+        self._driver, self._image = driver, image
+        self.address = driver.allocate(max(1, image.nbytes))
+
+    def store(self) -> None:
+        self._driver.copy_now(self.address, self._image.ctypes.data, self._image.nbytes)
+
+    def fetch(self) -> None:
+        self._driver.copy_now(self._image.ctypes.data, self.address, self._image.nbytes)
+
+    def __del__(self) -> None:
+        # A thread of the collector's choice; and of a device that has failed nothing can be given back.
+        with contextlib.suppress(AbcclError):
+            self._driver.make_current()
+            self._driver.free(self.address)
