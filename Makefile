@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
 
 PYTHON ?= python3
-EXTRAS ?= torch,mpi,test,dev,plot
+EXTRAS ?= torch,mpi,test,test-cuda,dev,plot
 CXX ?= g++
 
 VENV := $(CURDIR)/.venv
@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -121,6 +121,11 @@ test-%: $(NATIVE) ## the multi-process tests with N ranks, as in `make test-4`
 test-mpich: $(NATIVE) .venv-mpich/.installed ## the tests of the mpi transport, with MPICH instead of Open MPI
 	@echo "== the mpi transport with MPICH"
 	@python -m pytest -m mpi -k mpich
+
+# Where the machine's own Python has torch with CUDA, make test-gpu PYTHON_OF_GPU=python3 takes that.
+PYTHON_OF_GPU ?= python
+test-gpu: $(NATIVE) ## what only a GPU can prove, on the first one of this machine
+	@$(PYTHON_OF_GPU) tests/gpu/run.py --json build/gpu.json
 
 test-torch: $(NATIVE) ## PyTorch's own tests of torch.distributed, over abccl (WORDS=gather: some)
 	@echo "== PyTorch's own tests of torch.distributed, over abccl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,15 @@ from ..errors import ArgumentError
 from ..transports.types import NUMBERS
 
 Array = Any
-"""A numpy array or a torch tensor on the CPU."""
+"""A numpy array, a torch tensor, or an array of CuPy's or of any other library that has `__cuda_array_interface__`."""
+
+
+CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A contiguous array in host memory.
+    """A contiguous array.
 
     Attributes:
         name: the parameter that it came as, for messages.
@@ -26,6 +30,7 @@ class View:
         count: how many elements it has.
         itemsize: bytes of an element.
         address: of its first element.
+        device: where it is: "cpu", or "cuda:1".
     """
 
     name: str
@@ -33,6 +38,7 @@ class View:
     count: int
     itemsize: int
     address: int
+    device: str = CPU
 
     @property
     def end(self) -> int:
@@ -41,7 +47,7 @@ class View:
 
 
 def view(array: Array, name: str, call: str, writable: bool = False) -> View:
-    """Look at a numpy array or torch CPU tensor.
+    """Look at an array.
 
     Args:
         name: the parameter's name.
@@ -55,8 +61,10 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
         found = _numpy_view(array, name, call, writable)
     elif _is_tensor(array):
         found = _torch_view(array, name, call)
+    elif hasattr(array, "__cuda_array_interface__"):
+        found = _cuda_view(array, name, call, writable)
     else:
-        wanted = "numpy array or torch CPU tensor"
+        wanted = "numpy array, torch tensor or CuPy array"
         raise ArgumentError(
             f"{call}: {name} must be a {wanted}, and is {type(array).__name__}"
             + (": wrap it in numpy.asarray(...)" if isinstance(array, (list, tuple, int, float)) else "")
@@ -96,11 +104,8 @@ def _numpy_view(array: np.ndarray[Any, Any], name: str, call: str, writable: boo
 def _torch_view(tensor: Any, name: str, call: str) -> View:
     if str(tensor.layout) != "torch.strided":
         raise ArgumentError(f"{call}: {name} is of layout {tensor.layout}: pass {name}.to_dense()")
-    if tensor.device.type != "cpu":
-        raise ArgumentError(
-            f"{call}: {name} is on {tensor.device}, and this communicator's transport serves the CPU: "
-            f"pass {name}.cpu(), or use backend nccl for CUDA tensors"
-        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"{call}: {name} is on {tensor.device}: pass {name}.cpu(), or a tensor on a CUDA device")
     if not tensor.is_contiguous():
         raise ArgumentError(
             f"{call}: {name} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) is not contiguous: pass "
@@ -110,4 +115,57 @@ def _torch_view(tensor: Any, name: str, call: str) -> View:
         lazy = "conj" if tensor.is_conj() else "neg"
         raise ArgumentError(f"{call}: {name} is a lazy {lazy} view of other memory: pass {name}.resolve_{lazy}()")
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return View(name, dtype, tensor.numel(), tensor.element_size(), tensor.data_ptr())
+    return View(name, dtype, tensor.numel(), tensor.element_size(), tensor.data_ptr(), str(tensor.device))
+
+
+def _cuda_view(array: Any, name: str, call: str, writable: bool) -> View:
+    """By https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, up to its version 3."""
+    interface = array.__cuda_array_interface__
+    shape, strides, (address, read_only) = interface["shape"], interface.get("strides"), interface["data"]
+    if interface.get("mask") is not None:
+        raise ArgumentError(f"{call}: {name} is masked: pass an array of all its elements")
+    if writable and read_only:
+        raise ArgumentError(f"{call}: {name} is read-only, and the result goes there: pass a copy")
+    dtype = getattr(array, "dtype", None) or interface["typestr"]
+    known = np.dtype(str(dtype) if str(dtype) != "bfloat16" else np.uint16)
+    if not known.isnative:
+        raise ArgumentError(f"{call}: {name} is of foreign byte order ({dtype}): pass {name}.astype(native)")
+    count = math.prod(shape)
+    if strides is not None and count > 1:
+        step = known.itemsize
+        for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+            if extent > 1 and stride != step:
+                raise ArgumentError(
+                    f"{call}: {name} (shape {shape}, strides {strides}) is not contiguous: pass "
+                    f"cupy.ascontiguousarray({name})" + (" and copy the result back" if writable else "")
+                )
+            step *= extent
+    spelled = "bfloat16" if str(dtype) == "bfloat16" else known.name
+    return View(name, spelled, count, known.itemsize, address or 0, f"cuda:{_ordinal(array)}")
+
+
+def _ordinal(array: Any) -> str:
+    """The number of the array's device; "" if it does not tell, and its address must be asked."""
+    found = getattr(getattr(array, "device", None), "id", "")
+    return str(found)
+
+
+def is_on_device(array: Any) -> bool:
+    """Whether the array is in the memory of a CUDA device."""
+    if isinstance(array, np.ndarray) or array is None:
+        return False
+    return bool(array.is_cuda) if _is_tensor(array) else hasattr(array, "__cuda_array_interface__")
+
+
+def current_stream(array: Any) -> int:
+    """The stream that the library which the array comes from works on now, in this thread."""
+    if _is_tensor(array):
+        return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return int(cupy.cuda.get_current_stream().ptr)
+    stream = array.__cuda_array_interface__.get("stream")
+    return 0 if stream in (None, _LEGACY_DEFAULT) else int(stream)
+
+
+_LEGACY_DEFAULT = 1  # as the interface spells it; 0 is not allowed there

@@ -155,6 +155,12 @@ class Binder:
         in_place = out is x
         source = view(x, "x", call, writable=in_place and writes) if reads else None
         target = view(out, "x" if in_place else "out", call, writable=True) if writes else None
+        for found in (source, target):
+            if found and found.device.partition(":")[0] != self._transport.device:
+                raise ArgumentError(
+                    f"{call}: {found.name} is on {found.device}, and others are not: all arrays of a call must be on "
+                    "one device, or all on the CPU"
+                )
         if source and target:
             if source.dtype != target.dtype:
                 raise ArgumentError(f"{call}: x is {source.dtype} and out is {target.dtype}: both must be of one type")

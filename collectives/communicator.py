@@ -23,9 +23,10 @@ from ..transports.joint import JOINT
 from ..transports.shm import ShmPlan, ShmTransport
 from ..transports.topology import Topology, topology_of
 from .arrays import Array, view
-from .binding import OWN_SPLITS_SUFFICE, Binder, PremulSum, Uneven, check_splits
+from .binding import Binder, PremulSum, Uneven
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
+from .device_calls import DeviceCalls
 from .driver import Driver
 from .members import Members
 from .memory import empty, registered_memory
@@ -36,6 +37,7 @@ from .reproducible import is_reproducible
 from .shortcut import shortcut
 from .tuner.tuner import AlgorithmLike, Tuner
 from .tuning import TunerCalls, built_in_tuner, tuned
+from .uneven_calls import UnevenCalls
 from .work import Work
 
 TIMEOUT = 600.0
@@ -52,11 +54,12 @@ _SPLIT_TAG = -1
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-class Communicator(PersistentCalls, MessageCalls, TunerCalls):
+class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, TunerCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
-    Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's or torch's, contiguous,
-    in host memory. Calls from several threads are serialised. After a CollectiveError the communicator is broken.
+    Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's, torch's or CuPy's,
+    contiguous, in host memory or on a CUDA device (`device.py`: calls are then enqueued on the current stream). Calls
+    from several threads are serialised. After a CollectiveError the communicator is broken.
 
     Attributes:
         rank: this rank, from 0.
@@ -84,7 +87,7 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
         tuner = tuner or built_in_tuner(transport, self.topology, is_reproducible(reproducible))
         self._binder = Binder(transport, tuner)
         self._memory = registered_memory(transport)
-        self._interned: dict[Uneven, Uneven] = {}
+        self._interned = {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
         # Weak, or the dispatcher and the communicator would keep each other alive.
@@ -297,9 +300,8 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
             return None
         members = [r for r in range(self.size) if everyone[r, 0] and everyone[r, 1] == color]
         members.sort(key=lambda r: (int(everyone[r, 2]), r))
-        network = partial(self._transport.split, members, f"{number}/{members[0]}")
-        meeting = Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20), network)
         name = self._transport.name
+        meeting = self._members(members, number)
         return _connect(meeting, None if name == JOINT else name, self.timeout, self.reproducible, part=True)
 
     def set_timeout(self, seconds: float) -> None:
@@ -308,6 +310,8 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
             raise ArgumentError(f"set_timeout: seconds must be positive, and is {seconds}")
         self.timeout = float(seconds)
         self._dispatcher.set_timeout(self.timeout)
+        if self._devices is not None:
+            self._devices.set_timeout(self.timeout)
 
     def observe(self, observer: Callable[[str], Callable[[Any], None]] | None) -> None:
         """From now on tell `observer` of each collective on one host, in its caller's thread; None ends it.
@@ -320,13 +324,18 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
     def abort(self, reason: str = "abort() was called") -> None:
         """Make every rank's present and future calls raise `Aborted`. From any thread."""
         self._check_usable()
-        self._transport.abort(Aborted(f"rank {self.rank}: {reason}"))
+        error = Aborted(f"rank {self.rank}: {reason}")
+        if self._devices is not None:
+            self._devices.abort(error)
+        self._transport.abort(error)
 
     def close(self) -> None:
         """Give everything back. Pending operations fail. Not collective: end with a barrier if peers still need you."""
         if self._closed or self._generation != _native.fork_generation():
             return
         self._closed = True
+        if self._devices is not None:
+            self._devices.close()
         self._driver.close(ClosedError("the communicator was closed while this operation was pending"))
         self._transport.close()
 
@@ -359,60 +368,45 @@ class Communicator(PersistentCalls, MessageCalls, TunerCalls):
     ) -> Any:
         """For the dispatcher, which keeps the result: make the plan of a call that it has not seen."""
         self._check_usable()
+        on_device = self._device_call(_COLLECTIVES[index], x, out, op, root, algorithm)
+        if on_device is not None:
+            return on_device
         prepared = self._binder.bind(_COLLECTIVES[index], x, out, op, root, algorithm)
         return prepared.native if isinstance(prepared, ShmPlan) else prepared
-
-    def _uneven_exchange(
-        self,
-        out: Array,
-        x: Array,
-        out_splits: Sequence[int] | None,
-        in_splits: Sequence[int] | None,
-        algorithm: AlgorithmLike,
-    ) -> Uneven | None:
-        if out_splits is None and in_splits is None:
-            return None
-        self._check_usable()
-        sent = check_splits(x, "x", "in_splits", in_splits, self.size)
-        received = check_splits(out, "out", "out_splits", out_splits, self.size)
-        matrix = None
-        if algorithm is not None and algorithm not in OWN_SPLITS_SUFFICE:
-            rows = np.empty((self.size, self.size), dtype=np.int64)
-            self.all_gather(rows, np.array(sent, dtype=np.int64))
-            matrix = tuple(tuple(row) for row in rows.tolist())
-        return self._intern(Uneven(sent=sent, received=received, matrix=matrix))
-
-    def _with_counts(self, op: str | PremulSum | None, counts: Sequence[int] | None) -> Any:
-        if counts is None:
-            return op
-        return self._intern(Uneven(op or "sum", counts=tuple(int(count) for count in counts)))
 
     def _persistent(
         self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: AlgorithmLike
     ) -> Persistent:
         self._check_usable()
+        text = f"{collective.value} on {self!r}"
+        on_device = self._device_call(collective, x, out, op, root, algorithm)
+        if on_device is not None:
+            return self._persistent_on_device(on_device, x, out, text)
         prepared = self._binder.bind(collective, x, out, op, root, algorithm)
         source, target = (0 if array is None else view(array, "x", collective.value).address for array in (x, out))
         if isinstance(prepared, ShmPlan):
             return _native.Persistent(self._dispatcher, prepared.native, source, target, (x, out))
         execute = partial(self._execute, prepared, x, out, source, target)
-        return PersistentExecution(execute, f"{collective.value} on {self!r}")
-
-    def _intern(self, uneven: Uneven) -> Uneven:
-        """One object for equal values: the dispatcher tells them apart by identity."""
-        if len(self._interned) > 1024:
-            self._interned.clear()
-        return self._interned.setdefault(uneven, uneven)
+        return PersistentExecution(execute, text)
 
     def _execute(
         self, prepared: Any, x: Array, out: Array, x_address: int, out_address: int, asynchronous: bool
     ) -> Work | None:
         """Run a plan of a transport that is not native."""
+        if self._devices is not None and isinstance(prepared, self._devices.Call):
+            return self._devices.run(prepared, x, out, asynchronous)
         start: Callable[[], Execution] = partial(prepared.start, x_address, out_address)
         if asynchronous:
             return self._driver.submit(start, self.timeout, (x, out))
         self._driver.run(start, self.timeout, (x, out))
         return None
+
+    def _meeting(self, members: Sequence[int]) -> Members:
+        return self._members(list(members), next(self._splits))
+
+    def _members(self, members: list[int], number: int) -> Members:
+        network = partial(self._transport.split, members, f"{number}/{members[0]}")
+        return Members(self._transfer, self.rank, members, _SPLIT_TAG - number % (1 << 20), network)
 
     def _check_usable(self) -> None:
         if self._closed:

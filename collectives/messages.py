@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from .arrays import Array, bytes_at, view
+from .arrays import CPU, Array, bytes_at, view
 from .driver import DrivenWork, Driver
 from .mailbox import ANY_SOURCE
 
@@ -22,6 +22,10 @@ class MessageCalls(ABC):
     _native: Any
     _driver: Driver
     _messages: list[Any]
+
+    @abstractmethod
+    def _device_side(self, array: Array, call: str) -> Any:
+        """What serves arrays on a device."""
 
     @abstractmethod
     def _check_usable(self) -> None:
@@ -68,6 +72,8 @@ class MessageCalls(ABC):
             )
         if tag is not None and tag < 0:
             raise ArgumentError(f"{call}: tag must not be negative, and is {tag}")
+        if buffer.device != CPU:
+            return self._device_side(x, call).message(self._transfer, call, x, peer, tag, asynchronous)
         return self._transfer(call, peer, tag, buffer.address, buffer.count * buffer.itemsize, x, asynchronous)
 
     def _transfer(

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..algorithms.plan import Scaling
 from ..transports import Execution, NativeCall, Prepared, Transport
+from ..transports.device import DevicePlan, DeviceTransport
 from ..transports.portable import kernels
 from ..transports.types import NUMBERS, numpy_dtype
 
@@ -18,7 +19,11 @@ def prepare_native(transport: Transport, call: NativeCall, scaling: Scaling, fac
         TransportError: the transport has no collectives of its own.
     """
     prepared = transport.prepare_native(call)
-    return prepared if scaling is Scaling.NONE else _Scaled(prepared, call, scaling, factor)
+    if scaling is Scaling.NONE:
+        return prepared
+    if isinstance(transport, DeviceTransport) and isinstance(prepared, DevicePlan):
+        return transport.scaled(prepared, call, scaling is Scaling.BEFORE, factor)
+    return _Scaled(prepared, call, scaling, factor)
 
 
 class _Scaled:

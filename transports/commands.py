@@ -6,6 +6,7 @@ A *wire* says how messages move: read by the peers out of memory that they have 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,10 @@ ALIGNMENT = 64
 
 Command = Callable[[int], "Iterator[None] | None"]
 """Enqueues something on a stream. One that the host drives returns an iterator, which yields while the host waits."""
+
+
+Make = Callable[[int, int], list[list[Command]]]
+"""Gives the commands of each lane, for the addresses of an input and an output."""
 
 
 class Outgoing(NamedTuple):
@@ -76,8 +81,8 @@ class Wire(Protocol):
     slot_bytes: int
     host_driven: bool
 
-    def compile(self, lane: int) -> WirePlan:
-        """Begin a run of a lane."""
+    def commands(self, runner: Runner, plan: Plan, operation: Operation) -> Make:
+        """What makes a plan's commands."""
 
     def fail(self) -> None:
         """Let all that waits on this device go on, its results worthless. Called again and again until nothing is
@@ -88,6 +93,20 @@ class Wire(Protocol):
 
     def close(self) -> None:
         """Give everything back; nothing is under way."""
+
+
+class StepWire(ABC):
+    """A wire that moves messages step by step."""
+
+    lanes: int
+
+    @abstractmethod
+    def compile(self, lane: int) -> WirePlan:
+        """Begin a run of a lane."""
+
+    def commands(self, runner: Runner, plan: Plan, operation: Operation) -> Make:
+        """See `Wire.commands`."""
+        return PlanCommands(runner, self, plan, operation).make
 
 
 class Kernels(Protocol):
@@ -111,7 +130,6 @@ class Runner(Protocol):
 
     driver: Any
     kernels: Kernels
-    wire: Wire
 
     def scratch(self, nbytes: int) -> int:
         """Device memory for the run under way."""
@@ -120,12 +138,12 @@ class Runner(Protocol):
 class PlanCommands:
     """Makes the commands of a plan."""
 
-    def __init__(self, runner: Runner, plan: Plan, operation: Operation) -> None:
-        self.runner, self.plan, self.operation = runner, plan, operation
+    def __init__(self, runner: Runner, wire: StepWire, plan: Plan, operation: Operation) -> None:
+        self.runner, self.wire, self.plan, self.operation = runner, wire, plan, operation
         self.dtype = TYPES[operation.dtype].name
         self.program = decode(plan.skeleton.code)
         self.table: list[tuple[int, int, int]] = [tuple(row) for row in plan.table.tolist()]
-        self.stride = min(plan.lanes, runner.wire.lanes)
+        self.stride = min(plan.lanes, wire.lanes)
         self.lanes = min(self.stride, plan.segments)
 
     def make(self, input: int, output: int) -> list[list[Command]]:
@@ -153,7 +171,7 @@ class _LaneCommands:
     ) -> None:
         self.of, self.buffers, self.scratch, self.scratch_slot = plan, buffers, scratch, scratch_slot
         self.kernels, self.driver = plan.runner.kernels, plan.runner.driver
-        self.wire = plan.runner.wire.compile(lane)
+        self.wire = plan.wire.compile(lane)
         self.made: list[Command] = []
         self.copies: list[tuple[int, int, int]] = []
         for segment in range(lane, plan.plan.segments, plan.stride):

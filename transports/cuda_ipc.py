@@ -19,16 +19,22 @@ import ctypes
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ..algorithms.plan import Plan
+from ..cuda import compile as compiler
 from ..cuda.driver import WAIT, WRITE, MemoryOperation
-from ..errors import AbcclError, ArgumentError, TransportError
+from ..errors import AbcclError, ArgumentError, DeadlineExceeded, TransportError
 from . import _native
-from .commands import Command, Incoming, Outgoing, WirePlan, copying, offsets
-from .contract import Transport
+from .commands import Command, Incoming, Make, Outgoing, Runner, StepWire, WirePlan, copying, offsets
+from .contract import Operation, Transport
+from .cuda_spin import Spin, workspace_bytes
 from .device import DeviceTransport
 from .topology import Exchange, host_identity
+
+SPIN_LANES, SPIN_SLOT = 8, 256 << 10
+"""Of `sync="spin"`: each lane is a block of the kernel."""
 
 SLOTS = 2
 """Between two ranks: a step has at most two messages for each."""
@@ -92,28 +98,20 @@ class Words:
         return ctypes.c_uint32.from_address(self._region.address + (waits * self.size + writes) * _LINE + word * _WORD)
 
 
-class IpcWire:
-    """The wire among ranks that have mapped each other's workspaces.
-
-    Args:
-        workspaces: their addresses here, by rank; the own one among them.
-        words: who waits for whom.
-    """
+class IpcWire(StepWire):
+    """The wire whose streams wait: `sync="stream"`."""
 
     name = "cuda_ipc"
     lanes = 1
     host_driven = False
 
-    def __init__(
-        self, driver: Any, kernels: Any, rank: int, workspaces: Sequence[int], words: Words, close: Callable[[], None]
-    ) -> None:
-        self.driver, self.kernels, self.rank, self.workspaces, self.words = driver, kernels, rank, workspaces, words
-        self.size = len(workspaces)
+    def __init__(self, meeting: Meeting, kernels: Any) -> None:
+        self.driver, self.kernels, self.rank, self.size = meeting.driver, kernels, meeting.rank, meeting.size
+        self.workspaces, self.words, self.close = meeting.workspaces, meeting.words, meeting.close
         self.slot_bytes = slot_bytes(self.size)
-        self._close = close
 
     def compile(self, lane: int) -> WirePlan:
-        """See `Wire.compile`."""
+        """See `StepWire.compile`."""
         return _IpcPlan(self)
 
     def slot(self, sender: int, receiver: int, slot: int) -> int:
@@ -127,9 +125,42 @@ class IpcWire:
     def check(self) -> None:
         """See `Wire.check`: the driver's errors come by its calls."""
 
+
+class SpinWire:
+    """The wire whose kernels wait, each for the messages of a whole plan: `sync="spin"`."""
+
+    name = "cuda_ipc"
+    lanes = SPIN_LANES
+    slot_bytes = SPIN_SLOT
+    host_driven = False
+
+    def __init__(self, meeting: Meeting, timeout: float) -> None:
+        self.words, self._unmap = meeting.words, meeting.close
+        abort = self.words.address(meeting.rank, meeting.rank, 0)
+        self.spin = Spin(
+            meeting.driver, meeting.rank, meeting.workspaces, abort, timeout, SPIN_LANES, SPIN_SLOT, compiler.compile
+        )
+
+    def commands(self, runner: Runner, plan: Plan, operation: Operation) -> Make:
+        """See `Wire.commands`: one launch."""
+        prepared = self.spin.prepare(plan, operation)
+        return lambda input, output: [prepared.commands(input, output)]
+
+    def fail(self) -> None:
+        """See `Wire.fail`."""
+        self.spin.fail()
+        self.words.let_go()
+
+    def check(self) -> None:
+        """See `Wire.check`: what a kernel has said that gave up."""
+        said = self.spin.error()
+        if said is not None:
+            raise DeadlineExceeded(f"cuda_ipc: {said}")
+
     def close(self) -> None:
         """See `Wire.close`."""
-        self._close()
+        self.spin.close()
+        self._unmap()
 
 
 class _IpcPlan:
@@ -233,19 +264,27 @@ class CudaIpcTransport(DeviceTransport):
         sync: str = "stream",
         timeout: float = 600.0,
     ) -> None:
-        self.sync = sync
+        self.sync, size = sync, host.size
         if sync not in ("stream", "spin"):
             raise ArgumentError(f'cuda_ipc: sync must be "stream" or "spin", and is {sync!r}')
-        meeting = _Meeting(host.rank, host.size, driver, exchange)
-        wire: Any = IpcWire(driver, kernels, host.rank, meeting.workspaces, meeting.words, meeting.close)
+        nbytes = size * SLOTS * (slot_bytes(size) + PADDING)
+        if sync == "spin":
+            nbytes = workspace_bytes(size, SPIN_LANES, SPIN_SLOT)
+        meeting = Meeting(host.rank, size, driver, exchange, nbytes, sync)
+        try:
+            wire = SpinWire(meeting, timeout) if sync == "spin" else IpcWire(meeting, kernels)
+        except BaseException:
+            meeting.close()
+            raise
         super().__init__(host, driver, kernels, wire, timeout)
 
 
-class _Meeting:
+class Meeting:
     """Maps the ranks' workspaces, and the words: one object to close."""
 
-    def __init__(self, rank: int, size: int, driver: Any, exchange: Exchange) -> None:
+    def __init__(self, rank: int, size: int, driver: Any, exchange: Exchange, nbytes: int, sync: str) -> None:
         self.rank, self.size, self.driver, self.exchange = rank, size, driver, exchange
+        self.nbytes, self.sync = nbytes, sync
         self.opened: list[int] = []
         self.workspaces: list[int] = []
         self.own = self.base = 0
@@ -265,7 +304,9 @@ class _Meeting:
         nbytes, name = Words.nbytes(self.size), f"/abccl-{secrets.token_hex(8)}"
         card: dict[str, Any] = {"host": host_identity(), "pid": os.getpid(), "refusal": ""}
         try:
-            self.own = self.driver.allocate(self.size * SLOTS * (slot_bytes(self.size) + PADDING))
+            self.own = self.driver.allocate(self.nbytes)
+            self.driver.fill(self.own, 0, self.nbytes, 0)
+            self.driver.synchronize(0)
             handle, offset = self.driver.export(self.own)
             card |= {"handle": handle.hex(), "offset": offset, "uuid": self.driver.uuid.hex()}
             if self.rank == 0:
@@ -276,6 +317,8 @@ class _Meeting:
             card["refusal"] = f"rank {self.rank}: {error}"
         cards = [json.loads(blob) for blob in self.exchange(json.dumps(card).encode())]
         refusal = next((theirs["refusal"] for theirs in cards if theirs["refusal"]), "")
+        if not refusal and self.sync == "spin":
+            refusal = _shared_device([theirs["uuid"] for theirs in cards])
         if not refusal:
             refusal = self._map(cards, nbytes)
         said = [blob.decode() for blob in self.exchange(refusal.encode())]
@@ -321,9 +364,18 @@ class _Meeting:
         _free_what_nobody_maps()
 
 
+def _shared_device(uuids: Sequence[str]) -> str:
+    """What is wrong if two ranks have one device: a kernel that waits may keep from running whom it waits for."""
+    for rank, uuid in enumerate(uuids):
+        first = uuids.index(uuid)
+        if first != rank:
+            return f'ranks {first} and {rank} share a GPU, and sync="spin" wants one for each: take sync="stream"'
+    return ""
+
+
 _kept: list[tuple[Any, int, Words]] = []
-"""Workspaces of closed transports. CUDA wants memory to be freed after its last mapping is closed, and a close waits for
-nobody; what peers have not closed at the end of this process goes with it."""
+"""Workspaces of closed transports. CUDA wants memory to be freed after its last mapping is closed, and a close waits
+for nobody; what peers have not closed at the end of this process goes with it."""
 
 
 def _free_what_nobody_maps() -> None:
@@ -331,5 +383,5 @@ def _free_what_nobody_maps() -> None:
         driver, address, words = kept
         if not words.is_mapped():
             _kept.remove(kept)
-            driver.make_current()
-            driver.free(address)
+            with driver.as_current():
+                driver.free(address)

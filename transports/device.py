@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,10 @@ import numpy.typing as npt
 from ..algorithms import Collective
 from ..algorithms.plan import Plan
 from ..errors import AbcclError, ArgumentError, ClosedError
-from .commands import Command, Kernels, PlanCommands, Wire
+from .commands import Command, Kernels, Make, Wire
 from .contract import NativeCall, Operation, Placed, Prepared, Request, Transport
 from .running import Running
+from .types import element_type
 from .watch import Watch
 
 KEPT = 16
@@ -39,24 +42,34 @@ class DeviceTransport(Transport):
         driver: of the device (`cuda/driver.py`).
         kernels: its kernels.
         wire: how messages of plans move.
+        lock: held in every call of the host transport, which has none of its own.
 
     Attributes:
         stream: where runs are enqueued; a stream of the transport's own until somebody sets it.
         timeout: seconds after which a run that has not ended fails, counted from when it was enqueued.
+        on_failure: called with what this transport has failed with, in any thread.
     """
 
     device = "cuda"
 
-    def __init__(self, host: Transport, driver: Any, kernels: Kernels, wire: Wire, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        host: Transport,
+        driver: Any,
+        kernels: Kernels,
+        wire: Wire,
+        timeout: float = 600.0,
+        lock: threading.RLock | None = None,
+    ) -> None:
         self.host, self.driver, self.kernels, self.wire, self.timeout = host, driver, kernels, wire, timeout
         self.name = wire.name  # type: ignore[misc]
         self.rank, self.size = host.rank, host.size
         self.lanes, self.slot_bytes = wire.lanes, wire.slot_bytes
-        self.lock = threading.RLock()  # of the host transport, which has no lock of its own
-        self._threads = threading.local()
-        self.make_current()
-        self.own_stream = self.stream = driver.create_stream()
-        self.watch = Watch(self)
+        self.lock = lock or threading.RLock()
+        self.on_failure: Callable[[AbcclError], None] = lambda error: None
+        with driver.as_current():
+            self.own_stream = self.stream = driver.create_stream()
+            self.watch = Watch(self)
         self._memory: list[int] = []
         self._scratch = (0, 0)
         self._events: list[int] = []
@@ -107,21 +120,21 @@ class DeviceTransport(Transport):
         """See `Transport.close`. Waits until the device has done, or let go of, what is under way here."""
         if self._closed:
             return
-        self.make_current()
-        self.watch.stop()
-        self._closed = True
-        self.wire.close()
-        self.host.close()
-        for address in self._memory:
-            self.driver.free(address)
-        for event in self._events:
-            self.driver.destroy_event(event)
-        self.driver.destroy_stream(self.own_stream)
+        with self.driver.as_current():
+            self.watch.stop()
+            self._closed = True
+            self.wire.close()
+            self.host.close()
+            for address in self._memory:
+                self.driver.free(address)
+            for event in self._events:
+                self.driver.destroy_event(event)
+            self.driver.destroy_stream(self.own_stream)
 
     def place(self, image: npt.NDArray[np.uint8]) -> Placed:
         """See `Transport.place`: in device memory."""
-        self.make_current()
-        return _OnDevice(self.driver, image)
+        with self.driver.as_current():
+            return _OnDevice(self.driver, image)
 
     # ---- plans
 
@@ -133,23 +146,31 @@ class DeviceTransport(Transport):
 
     def prepare(self, plan: Plan, operation: Operation) -> Prepared:
         """The plan as commands on a stream."""
-        self.make_current()
-        own = getattr(self.wire, "prepare", None)
-        made = own(plan, operation) if own is not None else None
-        return DevicePlan(self, operation.signature, operation.text, made or PlanCommands(self, plan, operation).make)
+        with self.driver.as_current():
+            commands = self.wire.commands(self, plan, operation)
+        return DevicePlan(self, operation.signature, operation.text, commands)
 
     def prepare_native(self, call: NativeCall) -> Prepared:
         """See `Transport.prepare_native`: the wire's library's."""
         own = getattr(self.wire, "prepare_native", None)
         if own is None:
             return super().prepare_native(call)
-        return DevicePlan(self, 0, call.text, own(call))
+        return DevicePlan(self, zlib.crc32(call.text.encode()), call.text, own(call))
 
-    def make_current(self) -> None:
-        """Before a thread's first call of the driver."""
-        if not hasattr(self._threads, "is_current"):
-            self.driver.make_current()
-            self._threads.is_current = True
+    def scaled(self, prepared: DevicePlan, call: NativeCall, before: bool, factor: float) -> DevicePlan:
+        """A native collective whose input, or else whose output, is scaled."""
+        dtype = element_type(call.dtype)
+        scale, make = self.kernels.scale, prepared.make
+
+        def scale_before(input: int, output: int) -> list[list[Command]]:
+            copy = self.scratch(call.input_count * dtype.itemsize)
+            scaling = partial(scale, dtype.name, copy, input, factor, call.input_count)
+            return [[scaling, *make(copy, output)[0]]]
+
+        def scale_after(input: int, output: int) -> list[list[Command]]:
+            return [[*make(input, output)[0], partial(scale, dtype.name, output, output, factor, call.output_count)]]
+
+        return DevicePlan(self, prepared.signature, prepared.text, scale_before if before else scale_after)
 
     def scratch(self, nbytes: int) -> int:
         """Device memory for the run under way: runs follow each other in the order of the stream, and share it."""
@@ -160,6 +181,10 @@ class DeviceTransport(Transport):
             self._scratch = address, there = self.driver.allocate(there), there
             self._memory.append(address)
         return address
+
+    def event(self) -> Event:
+        """An event of the driver's."""
+        return Event(self.driver, self._events)
 
     def enter(self, stream: int) -> int | None:
         """Before a run is enqueued: behind the run before it, wherever that was. What captures the stream, if any."""
@@ -173,7 +198,7 @@ class DeviceTransport(Transport):
 
     def leave(self, stream: int, capture: int | None) -> Event:
         """A run is enqueued: the event of its end."""
-        end = Event(self.driver, self._events)
+        end = self.event()
         self.driver.record(end.handle, stream)
         self._last = (stream, end, capture)
         return end
@@ -200,10 +225,8 @@ class DevicePlan:
         make: gives the commands of each lane for an input and an output.
     """
 
-    def __init__(
-        self, transport: DeviceTransport, signature: int, text: str, make: Callable[[int, int], list[list[Command]]]
-    ) -> None:
-        self.transport, self.signature, self.text, self._make = transport, signature, text, make
+    def __init__(self, transport: DeviceTransport, signature: int, text: str, make: Make) -> None:
+        self.transport, self.signature, self.text, self.make = transport, signature, text, make
         self._made: OrderedDict[tuple[int, int], list[list[Command]]] = OrderedDict()
 
     def start(self, input: int, output: int) -> DeviceExecution:
@@ -226,7 +249,7 @@ class DevicePlan:
                 f"{self.text}: its first run can not be captured in a graph, since it allocates memory: run it once on "
                 "such arrays before the capture"
             )
-        self._made[key] = made = self._make(input, output)
+        self._made[key] = made = self.make(input, output)
         if len(self._made) > KEPT:
             self._made.popitem(last=False)
         return made
@@ -235,48 +258,45 @@ class DevicePlan:
 class DeviceExecution(Running):
     """One run: enqueued as far as the host need not wait."""
 
+    transport: DeviceTransport
+    end: Event | None
+
     def __init__(self, prepared: DevicePlan, input: int, output: int) -> None:
         self.prepared, self.transport = prepared, prepared.transport
+        self.stream, self.end = self.transport.stream, None
+        with self.transport.driver.as_current():
+            self._begin(prepared, input, output)
+
+    def _begin(self, prepared: DevicePlan, input: int, output: int) -> None:
         transport = self.transport
-        transport.make_current()
         transport.progress()  # peers may have failed meanwhile
-        self.stream = transport.stream
-        self.end: Event | None = None
         lanes = prepared.commands(input, output)
-        self.number = transport.runs
-        transport.runs = (self.number + 1) & 0xFFFFFFFF
         self.capture = transport.enter(self.stream)
         if self.capture is not None and transport.wire.host_driven:
             raise ArgumentError(f"{prepared.text}: {transport.name} is driven by the host, and can not be in a graph")
+        self.number = transport.runs
+        transport.runs = (self.number + 1) & 0xFFFFFFFF
         self.entry = transport.watch.begin(self)
         self.lanes = [self._run(commands) for commands in lanes]
         try:
             if self.capture is not None:
-                transport.kernels.tick(transport.watch.words()[0], self.stream)
+                transport.kernels.tick(transport.watch.begun, self.stream)
             self._enqueue()
         except BaseException as error:
             self._fail(error)
             raise
 
-    @property
-    def enqueued(self) -> bool:
-        """Whether the host has done its part."""
-        return not self.lanes
-
     def finished(self) -> bool:
-        """Whether the device has done its part, too. Asks the driver; raises nothing of the transport's."""
+        """Whether all is enqueued, and the device has done it. Raises nothing of the transport's."""
         if self.end is None:
             return False
-        self.transport.make_current()
-        return self.capture is not None or bool(self.transport.driver.is_done(self.end.handle))
-
-    def enqueue(self, deadline: float) -> None:
-        """Do the host's part, waiting where it must: see `Execution.wait`."""
-        self._wait(lambda: self.enqueued or self._enqueue(), deadline)
+        with self.transport.driver.as_current():
+            return self.capture is not None or bool(self.transport.driver.is_done(self.end.handle))
 
     def _advance(self) -> bool:
-        self.transport.progress()
-        return self._enqueue() and self.finished() and self.transport.watch.has_compared(self.number)
+        with self.transport.driver.as_current():
+            self.transport.progress()
+            return self._enqueue() and self.finished() and self.transport.watch.has_compared(self.number)
 
     def _enqueue(self) -> bool:
         if self.lanes:
@@ -287,14 +307,14 @@ class DeviceExecution(Running):
 
     def _leave(self) -> None:
         if self.capture is not None:
-            self.transport.kernels.tick(self.transport.watch.words()[1], self.stream)
+            self.transport.kernels.tick(self.transport.watch.ended, self.stream)
         self.end = self.entry.end = self.transport.leave(self.stream, self.capture)
 
     def _fail(self, error: BaseException) -> None:
         if self.lanes:
             # What is enqueued may wait, and the watch lets it go: it must know when it has ended.
             self.lanes = []
-            with contextlib.suppress(AbcclError):
+            with contextlib.suppress(AbcclError), self.transport.driver.as_current():
                 self._leave()
         super()._fail(error)
 
@@ -328,6 +348,5 @@ class _OnDevice:
 
     def __del__(self) -> None:
         # A thread of the collector's choice; and of a device that has failed nothing can be given back.
-        with contextlib.suppress(AbcclError):
-            self._driver.make_current()
+        with contextlib.suppress(AbcclError), self._driver.as_current():
             self._driver.free(self.address)

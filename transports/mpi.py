@@ -286,7 +286,10 @@ class MPITransport(Transport):
 
     def _finish(self, post: _Post) -> None:
         if post.bounce is not None:
-            post.data[:] = post.bounce[: post.wanted]
+            # MPI copies, to itself: the buffer may lie in memory of a device, which only MPI can write.
+            for start in range(0, post.wanted, LONGEST):
+                came, into = (data[start : min(start + LONGEST, post.wanted)] for data in (post.bounce, post.data))
+                self._quiet.Sendrecv([came, self.mpi.BYTE], self.rank, 0, [into, self.mpi.BYTE], self.rank, 0)
         if post.tag == _TOLD:
             self._hear(post)
         post.done = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import AbcclError, Aborted, DeadlineExceeded
@@ -49,13 +48,9 @@ class Running(ABC):
 
     def wait(self, deadline: float) -> None:
         """See `Execution.wait`."""
-        self._wait(self._advance, deadline)
-
-    def _wait(self, advance: Callable[[], bool], deadline: float) -> None:
-        """Advance until that is done, or the deadline."""
         self.transport.stirred = time.monotonic()
         try:
-            while not advance():
+            while not self._advance():
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded(self._late())
                 self._idle(deadline)

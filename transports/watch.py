@@ -61,12 +61,13 @@ class Watch:
 
     Attributes:
         error: what the transport has failed with.
+        begun, ended: where the device counts the runs in graphs.
     """
 
     def __init__(self, transport: DeviceTransport) -> None:
         self._transport = transport
         self._left, self._right = (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
-        self.error: Exception | None = None
+        self.error: AbcclError | None = None
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
         self._state = threading.Lock()
@@ -83,8 +84,13 @@ class Watch:
         self._bye = False
         self._sending: list[tuple[Request, bytes]] = []
         self._receiving: tuple[Request, bytearray, bool] | None = None
-        # Runs in graphs are counted by the device.
-        self._words = 0
+        # Runs in graphs are counted by the device. Both words once now: a kernel can not be loaded during a capture.
+        self.begun = transport.driver.allocate_pinned(8)
+        self.ended = self.begun + 4
+        ctypes.memset(self.begun, 0, 8)
+        for word in (self.begun, self.ended):
+            transport.kernels.tick(word, transport.stream)
+        self._in_graphs = False
         self._counted, self._since = (0, 0), 0.0
 
     # ---- for the transport
@@ -97,6 +103,7 @@ class Watch:
             self._outbox.append(called)
             if execution.capture is None:
                 self._entries.append(entry)
+            self._in_graphs = self._in_graphs or execution.capture is not None
             if self._thread is None and self._transport.size > 1:
                 self._thread = threading.Thread(target=self._look, name=f"abccl watch of {self._transport.name}")
                 self._thread.daemon = True
@@ -107,19 +114,11 @@ class Watch:
     def fail(self, error: BaseException) -> None:
         """The transport has failed; the first error stays. From any thread."""
         with self._state:
-            if self.error is None:
-                known = isinstance(error, AbcclError)
-                self.error = (
-                    error if known and isinstance(error, Exception) else Aborted(f"the watch failed: {error!r}")
-                )
+            if self.error is not None:
+                return
+            self.error = error if isinstance(error, AbcclError) else Aborted(f"the watch failed: {error!r}")
         self._news.set()
-
-    def words(self) -> tuple[int, int]:
-        """The addresses of the device's counts of runs in graphs: begun, and ended."""
-        if not self._words:
-            self._words = self._transport.driver.allocate_pinned(8)
-            ctypes.memset(self._words, 0, 8)
-        return self._words, self._words + 4
+        self._transport.on_failure(self.error)
 
     def about(self, number: int) -> str:
         """What is known of the rank before this one, for a run of this number that is late."""
@@ -155,9 +154,8 @@ class Watch:
         self._news.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2 * GRACE)
-        if self._words:
-            self._transport.driver.free_pinned(self._words)
-            self._words = 0
+        self._transport.driver.synchronize(self._transport.own_stream)
+        self._transport.driver.free_pinned(self.begun)
 
     # ---- the thread
 
@@ -186,7 +184,7 @@ class Watch:
         for entry in self._entries:
             if now > entry.deadline and not _is_done(transport, entry):
                 raise DeadlineExceeded(entry.late())
-        if self._words:
+        if self._in_graphs:
             counted = self._counts()
             if counted != self._counted or counted[0] == counted[1]:
                 self._counted, self._since = counted, now
@@ -200,7 +198,7 @@ class Watch:
         """Seconds until the next look; None: until there is news."""
         if self._under_way():
             self._quiet_since = time.monotonic()
-        elif not (self._mine or self._sending or self._words):
+        elif not (self._mine or self._sending or self._in_graphs):
             return None
         return TICK if time.monotonic() - self._quiet_since < 1.0 else NAP
 
@@ -216,7 +214,7 @@ class Watch:
             return bool(self._entries) or bool(self._outbox)
 
     def _counts(self) -> tuple[int, int]:
-        begun, ended = (ctypes.c_uint32 * 2).from_address(self._words)
+        begun, ended = (ctypes.c_uint32 * 2).from_address(self.begun)
         return int(begun), int(ended)
 
     def _let_go(self) -> None:
