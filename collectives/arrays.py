@@ -6,6 +6,7 @@ import ctypes
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class View:
         itemsize: bytes of an element.
         address: of its first element.
         device: where it is: "cpu", or "cuda:1".
+        writable: whether it may be written to.
     """
 
     name: str
@@ -39,6 +41,7 @@ class View:
     itemsize: int
     address: int
     device: str = CPU
+    writable: bool = True
 
     @property
     def end(self) -> int:
@@ -61,7 +64,7 @@ def view(array: Array, name: str, call: str, writable: bool = False) -> View:
         found = _numpy_view(array, name, call, writable)
     elif _is_tensor(array):
         found = _torch_view(array, name, call)
-    elif hasattr(array, "__cuda_array_interface__"):
+    elif hasattr(type(array), "__cuda_array_interface__"):
         found = _cuda_view(array, name, call, writable)
     else:
         wanted = "numpy array, torch tensor or CuPy array"
@@ -127,12 +130,12 @@ def _cuda_view(array: Any, name: str, call: str, writable: bool) -> View:
     if writable and read_only:
         raise ArgumentError(f"{call}: {name} is read-only, and the result goes there: pass a copy")
     dtype = getattr(array, "dtype", None) or interface["typestr"]
-    known = np.dtype(str(dtype) if str(dtype) != "bfloat16" else np.uint16)
-    if not known.isnative:
+    spelled, itemsize, is_native = _element_type(dtype)
+    if not is_native:
         raise ArgumentError(f"{call}: {name} is of foreign byte order ({dtype}): pass {name}.astype(native)")
     count = math.prod(shape)
     if strides is not None and count > 1:
-        step = known.itemsize
+        step = itemsize
         for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
             if extent > 1 and stride != step:
                 raise ArgumentError(
@@ -140,8 +143,16 @@ def _cuda_view(array: Any, name: str, call: str, writable: bool) -> View:
                     f"cupy.ascontiguousarray({name})" + (" and copy the result back" if writable else "")
                 )
             step *= extent
-    spelled = "bfloat16" if str(dtype) == "bfloat16" else known.name
-    return View(name, spelled, count, known.itemsize, address or 0, f"cuda:{_ordinal(array)}")
+    return View(name, spelled, count, itemsize, address or 0, f"cuda:{_ordinal(array)}", not read_only)
+
+
+@cache
+def _element_type(dtype: Any) -> tuple[str, int, bool]:
+    """Its name, the bytes of an element, and whether its bytes are in this machine's order."""
+    if str(dtype) == "bfloat16":  # numpy has none of its own
+        return "bfloat16", 2, True
+    known = np.dtype(str(dtype))
+    return known.name, known.itemsize, bool(known.isnative)
 
 
 def _ordinal(array: Any) -> str:
@@ -154,7 +165,7 @@ def is_on_device(array: Any) -> bool:
     """Whether the array is in the memory of a CUDA device."""
     if isinstance(array, np.ndarray) or array is None:
         return False
-    return bool(array.is_cuda) if _is_tensor(array) else hasattr(array, "__cuda_array_interface__")
+    return bool(array.is_cuda) if _is_tensor(array) else hasattr(type(array), "__cuda_array_interface__")
 
 
 def current_stream(array: Any) -> int:

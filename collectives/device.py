@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from ..algorithms import Collective
 from ..errors import AbcclError, ArgumentError, ClosedError
 from ..transports import Transport
-from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport
-from . import device_reach
+from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport, device_of
 from .arrays import Array, View, current_stream, view
 from .binding import Binder
 from .bootstrap import Bootstrap
+from .device_reach import reach_devices
 from .driver import Driver
 from .pinned import PinnedMemory
 from .tuner.tuner import AlgorithmLike, Tuner
@@ -67,7 +67,8 @@ class DeviceSide:
     ) -> DeviceCall:
         """The plan of a call; made once for arguments of a kind."""
         name = collective.value
-        source, target = (self._view(array, which, name) for array, which in ((x, "x"), (out, "out")))
+        source = self._view(x, "x", name)
+        target = source if out is x else self._view(out, "out", name)
         address, to = (found.address if found else 0 for found in (source, target))
         key = (collective, _kind(source), _kind(target), _overlap(source, target), op, root, algorithm)
         plan = self._bound.get(key)
@@ -275,14 +276,14 @@ def connect_devices(
         TransportError, ArgumentError: see `reach_devices`.
     """
     found = view(array, "x", call)
-    ordinal = found.device.partition(":")[2] or device_reach.driver_of(0).pointer(found.address).device
-    reached = device_reach.reach_devices(meeting, beside.name, int(ordinal), tuner, timeout)
+    ordinal = found.device.partition(":")[2] or device_of(found.address)
+    reached = reach_devices(meeting, beside.name, int(ordinal), tuner, timeout)
     reached.transport.on_failure = beside.abort
     return DeviceSide(reached.transport, int(ordinal), Binder(reached.transport, reached.tuner), reached.refused)
 
 
 def _kind(found: View | None) -> Any:
-    return found and (found.dtype, found.count)
+    return found and (found.dtype, found.count, found.writable)
 
 
 def _overlap(source: View | None, target: View | None) -> int | None:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cuda.compile import Kernels
-from ..cuda.driver import Driver
 from ..errors import AbcclError, ArgumentError, TransportError
 from ..transports import Transport
 from ..transports.cuda_ipc import CudaIpcTransport
-from ..transports.device import DeviceTransport
+from ..transports.device import DeviceTransport, open_device
 from ..transports.joint import JOINT, JointTransport
 from ..transports.nccl import nccl_wire
 from ..transports.staged import StagedWire, mpi_is_cuda_aware
@@ -40,9 +38,6 @@ TRANSPORTS = {
     "nccl": "NCCL's messages",
     "staged": "host memory and what carries messages between hosts; an MPI that takes CUDA memory gets it directly",
 }
-
-driver_of: Callable[[int], Any] = Driver
-"""Makes the driver of a device, by its number."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,7 @@ def reach_devices(meeting: Bootstrap, host_transport: str, ordinal: int, tuner: 
         if wanted is not None and wanted not in TRANSPORTS:
             known = ", ".join(f"{one} ({what})" for one, what in TRANSPORTS.items())
             raise ArgumentError(f"{ENVIRONMENT}={wanted!r}: there are {known}")
-        driver = driver_of(ordinal)
-        made = driver, Kernels(driver)
+        made = open_device(ordinal)
     except AbcclError as error:
         refusal = f"rank {meeting.rank}: {error}"
     cards = [json.loads(blob) for blob in meeting.exchange(json.dumps([refusal, wanted, sync]).encode())]

@@ -47,9 +47,8 @@ __device__ __forceinline__ bool is_aligned(const char* address) { return reinter
 
 template <class E>
 __device__ __forceinline__ void copy(char* destination, const char* source, u64 count) {
-    for_elements<E>(count, is_aligned(destination) && is_aligned(source), [=](auto access, u64 offset) {
-        access.store(destination + offset, access.load(source + offset));
-    });
+    for_elements<E>(count, is_aligned(destination) && is_aligned(source),
+                    [=](auto access, u64 offset) { access.store(destination + offset, access.load(source + offset)); });
 }
 
 // destination = source * factor; both may be the same.

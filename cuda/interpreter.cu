@@ -2,8 +2,8 @@
 //
 // The code and its meaning are of algorithms/plan.py. A message lies in a slot of the sender's workspace: of its lane,
 // its receiver, and its number modulo `slots`. The sender copies the parts there, one behind the other, and tells the
-// receiver how many messages have come; the receiver folds and copies straight out of the slot, and at RELEASE tells the
-// sender how many it has read. A send waits until its slot has been read: the room for messages that replay proves
+// receiver how many messages have come; the receiver folds and copies straight out of the slot, and at RELEASE tells
+// the sender how many it has read. A send waits until its slot has been read: the room for messages that replay proves
 // schedules for. Nothing is lent, so RECLAIM has nothing to wait for.
 //
 // Messages are counted in the workspace, from run to run, so that a launch may be repeated in a graph.
@@ -235,7 +235,8 @@ class Lane {
             case OUTPUT:
                 return output_ + (extent.output + before) * static_cast<i64>(itemsize);
             case SCRATCH:
-                return plan_.scratch + (number_ * plan_.scratch_slots + static_cast<u32>(operand.index)) * scratch_bytes();
+                return plan_.scratch +
+                       (number_ * plan_.scratch_slots + static_cast<u32>(operand.index)) * scratch_bytes();
             default:
                 u64 elements_before = 0;
                 const i32* const blocks = shared_.blocks[operand.index];
@@ -259,9 +260,9 @@ __device__ __forceinline__ void interpret(const Calls& calls, u32 lanes) {
 }  // namespace abccl
 
 // Of a grid of `lanes` blocks for each rank.
-#define ABCCL_INTERPRETER(name, Element)                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                            \
-        interpret_##name(const __grid_constant__ abccl::Calls calls, unsigned lanes) {                              \
-        abccl::interpret<Element>(calls, lanes);                                                                    \
+#define ABCCL_INTERPRETER(name, Element)                                               \
+    extern "C" __global__ void __launch_bounds__(512, 1)                               \
+        interpret_##name(const __grid_constant__ abccl::Calls calls, unsigned lanes) { \
+        abccl::interpret<Element>(calls, lanes);                                       \
     }
 ABCCL_KERNELS(ABCCL_INTERPRETER)

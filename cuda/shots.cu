@@ -3,7 +3,8 @@
 // Every block does its part of the vector together with the blocks of its number on the other ranks, and with nobody
 // else. They go in rounds: a block writes its own buffer of the round, tells its peers, waits for them, then reads
 // theirs. Two buffers take turns, and no more is needed: who writes in round n has met all in round n - 1, and they
-// told so after they had read in round n - 2. Rounds are counted in memory, so that a launch may be repeated in a graph.
+// told so after they had read in round n - 2. Rounds are counted in memory, so that a launch may be repeated in a
+// graph.
 //
 // Each element is folded in ascending rank order, once by every rank (one shot) or by one (two shots): all get the
 // same bits. The vector is done in tiles of what a buffer takes, so its length has no limit.
@@ -42,8 +43,7 @@ class Round {
         bool met = true;
         const u32* words = Workspace(self_, self_.rank).met(block_);
         for (u32 peer = threadIdx.x; peer < self_.size; peer += blockDim.x)
-            if (peer != self_.rank)
-                met = met && wait_until(self_, words + peer, number_, Wait::meeting, block_, peer);
+            if (peer != self_.rank) met = met && wait_until(self_, words + peer, number_, Wait::meeting, block_, peer);
         return __syncthreads_and(met);
     }
 
@@ -120,15 +120,15 @@ __device__ __forceinline__ void two_shot(const Calls& calls, u32 blocks, const R
 
 }  // namespace abccl
 
-#define ABCCL_SHOTS(name, Element)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                               \
-        one_shot_##name(const __grid_constant__ abccl::Calls calls, unsigned blocks,                                \
-                        const __grid_constant__ abccl::Reduction reduction) {                                       \
-        abccl::one_shot<Element>(calls, blocks, reduction);                                                         \
-    }                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                               \
-        two_shot_##name(const __grid_constant__ abccl::Calls calls, unsigned blocks,                                \
-                        const __grid_constant__ abccl::Reduction reduction) {                                       \
-        abccl::two_shot<Element>(calls, blocks, reduction);                                                         \
+#define ABCCL_SHOTS(name, Element)                                                   \
+    extern "C" __global__ void __launch_bounds__(512, 1)                             \
+        one_shot_##name(const __grid_constant__ abccl::Calls calls, unsigned blocks, \
+                        const __grid_constant__ abccl::Reduction reduction) {        \
+        abccl::one_shot<Element>(calls, blocks, reduction);                          \
+    }                                                                                \
+    extern "C" __global__ void __launch_bounds__(512, 1)                             \
+        two_shot_##name(const __grid_constant__ abccl::Calls calls, unsigned blocks, \
+                        const __grid_constant__ abccl::Reduction reduction) {        \
+        abccl::two_shot<Element>(calls, blocks, reduction);                          \
     }
 ABCCL_KERNELS(ABCCL_SHOTS)

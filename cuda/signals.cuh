@@ -17,8 +17,8 @@ struct Rank {
     const u32* abort;  // in host memory: not 0 when somebody has aborted
     u64* report;       // in host memory: not 0 when a wait has ended in vain, or shall; see Wait
     u32 rank, size, lanes;
-    u32 slot_bytes;                      // of a message of the interpreter's; a multiple of 128
-    char* workspaces[ranks_at_most];     // of all ranks, mapped
+    u32 slot_bytes;                   // of a message of the interpreter's; a multiple of 128
+    char* workspaces[ranks_at_most];  // of all ranks, mapped
 };
 
 // What a wait is for: the report of one that ended in vain is 1 << 63 | what << 48 | block << 16 | peer.
@@ -94,6 +94,7 @@ __device__ __forceinline__ bool wait_until(const Rank& self, const u32* word, u3
     constexpr u32 polls = 256;
     u64 started = 0;
     for (;;) {
+#pragma unroll 1
         for (u32 poll = 0; poll < polls; ++poll)
             if (static_cast<i32>(load_acquire(word) - value) >= 0) return true;
         if (load_relaxed(self.abort) != 0 || load_relaxed(self.report) != 0) return false;

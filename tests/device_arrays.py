@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from fake_cuda import FakeDriver
 
-from abccl.collectives import Communicator, device_reach
+from abccl.collectives import Communicator
+from abccl.transports import device
 from abccl.transports.shm import shm_threads
 
 
@@ -71,7 +72,7 @@ def on_devices(
     communicators = [Communicator(made, timeout=timeout) for made in shm_threads(size)]
 
     by_thread: dict[int, Any] = {}
-    monkeypatch.setattr(device_reach, "driver_of", lambda ordinal: by_thread[threading.get_ident()])
+    monkeypatch.setattr(device, "driver_of", lambda ordinal: by_thread[threading.get_ident()])
     started = threading.Barrier(size)  # or one thread takes two ranks
 
     def run(rank: int) -> Any:

@@ -267,7 +267,7 @@ def test_torch(name: str, ranks: int) -> None:
     assert_passes("test_torch", name, ranks)
 
 
-@pytest.mark.parametrize("backend", ["abccl", "cpu:abccl,cuda:nccl"])
+@pytest.mark.parametrize("backend", ["abccl", "cpu:abccl,cuda:abccl", "cpu:abccl,cuda:nccl", "cpu:gloo,cuda:abccl"])
 def test_a_world_of_one(backend: str, tmp_path: Path) -> None:
     from abccl.collectives.torch.register import register
 

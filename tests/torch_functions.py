@@ -229,9 +229,11 @@ def objects_as_messages() -> None:
 
 @check
 def a_cuda_tensor() -> None:
-    """A tensor that says it is on a GPU: a machine without one has no other."""
+    """A tensor that says it is on a GPU: a machine without one has no other. All ranks hear what is missing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if torch.cuda.is_available():
+        return  # gpu/test_torch_cuda.py has real ones
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.ones(4, device="cuda")
     size, world = dist.get_world_size(), Groups.world
@@ -251,13 +253,11 @@ def a_cuda_tensor() -> None:
         lambda: world.all_to_all_single(x, x),
         lambda: world.gather([wholes] if dist.get_rank() == 0 else [], [x]),
         lambda: world.scatter([x], [wholes] if dist.get_rank() == 0 else []),
-        lambda: world.send([x], (dist.get_rank() + 1) % size),
-        lambda: world.recv([x], (dist.get_rank() + 1) % size),
         lambda: dist.all_reduce(x),
         lambda: dist.all_reduce(x, async_op=True),
     ]
     for call in calls:
-        with raises(abccl.ArgumentError, "cuda.*(CPU|cpu)"):
+        with raises(abccl.TransportError, "CUDA|cuda"):
             call()
     dist.barrier()
 

@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from ..algorithms import Collective
 from ..algorithms.plan import Plan
+from ..cuda import compile as compiler
+from ..cuda.driver import Driver
 from ..errors import AbcclError, ArgumentError, ClosedError
 from .commands import Command, Kernels, Make, Wire
 from .contract import NativeCall, Operation, Placed, Prepared, Request, Transport
@@ -32,6 +34,29 @@ from .watch import Watch
 
 KEPT = 16
 """Pairs of buffers for which a plan keeps its commands."""
+
+
+driver_of: Callable[[int], Any] = Driver
+"""Makes the driver of a device, by its number."""
+
+
+def open_device(ordinal: int) -> tuple[Any, Kernels]:
+    """The driver of a device, and its kernels.
+
+    Raises:
+        TransportError: there is none, or something is not installed; the message names it.
+    """
+    driver = driver_of(ordinal)
+    return driver, compiler.Kernels(driver)
+
+
+def device_of(address: int) -> int:
+    """The number of the device whose memory this is.
+
+    Raises:
+        TransportError: as `open_device`.
+    """
+    return int(driver_of(0).pointer(address).device)
 
 
 class DeviceTransport(Transport):
@@ -341,10 +366,12 @@ class _OnDevice:
         self.address = driver.allocate(max(1, image.nbytes))
 
     def store(self) -> None:
-        self._driver.copy_now(self.address, self._image.ctypes.data, self._image.nbytes)
+        with self._driver.as_current():
+            self._driver.copy_now(self.address, self._image.ctypes.data, self._image.nbytes)
 
     def fetch(self) -> None:
-        self._driver.copy_now(self._image.ctypes.data, self.address, self._image.nbytes)
+        with self._driver.as_current():
+            self._driver.copy_now(self._image.ctypes.data, self.address, self._image.nbytes)
 
     def __del__(self) -> None:
         # A thread of the collector's choice; and of a device that has failed nothing can be given back.

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from ..errors import ArgumentError, Mismatch, TransportError
 from .commands import Command, Incoming, Outgoing, StepWire, offsets
 from .contract import Request, Transport
+from .mpi import MPITransport
 
 LANES = 4
 """A segment is copied out, travels, is copied in, or is folded: four lanes keep all of that busy at a time, and more
@@ -130,10 +131,12 @@ class StagedWire(StepWire):
         direct: bool = False,
         slot_bytes: int = SLOT_BYTES,
     ) -> None:
-        if direct and not (host.name == "mpi" and mpi_is_cuda_aware()):
+        # Not a joint transport either: of its messages some go through shared memory.
+        if direct and not (isinstance(host, MPITransport) and mpi_is_cuda_aware()):
             raise ArgumentError(
-                f"direct messages want an MPI library that takes addresses of CUDA memory, and this {host.name} does "
-                f"not: leave direct out, and they go through host memory; or install an MPI that is built with CUDA"
+                f"direct messages want an MPITransport whose library takes addresses of CUDA memory, and this "
+                f"{type(host).__name__} takes none: leave direct out, and they go through host memory; or install an "
+                f"MPI that is built with CUDA"
             )
         self.host, self.lock, self.driver, self.direct = host, lock, driver, direct
         self.name = f"{host.name}_{'direct' if direct else 'staged'}"
@@ -274,7 +277,7 @@ class StagedPlan:
             memory, begin = (registers, start) if wire.direct else (wire.take(length), 0)
             with wire.lock:
                 into = memory.view[begin : begin + length]
-                request = wire.host.post_recv(incoming.peer, self._lane.number, into)
+                request = wire.host.post_recv(incoming.peer, 0, into)
             memory.requests.append(request)
             arriving.append(_Arrival(request, registers.address + start, memory))
             start += length

@@ -100,7 +100,8 @@ class Watch:
         called = _Called(execution.number, execution.prepared.signature, execution.prepared.text)
         entry = Entry(execution, self._transport.timeout)
         with self._state:
-            self._outbox.append(called)
+            if self._transport.size > 1:
+                self._outbox.append(called)
             if execution.capture is None:
                 self._entries.append(entry)
             self._in_graphs = self._in_graphs or execution.capture is not None

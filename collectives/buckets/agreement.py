@@ -25,7 +25,8 @@ def wanting_gradients(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
             raise ArgumentError(f"params must be parameters, or a module, and has a {type(parameter).__name__}")
         if parameter.device.type != "cpu":
             raise ArgumentError(
-                f"a parameter is on {parameter.device}, and abccl serves CPU tensors so far: use DDP over NCCL there"
+                f"a parameter is on {parameter.device}, and GradientBuckets serves the CPU so far: use "
+                "DistributedDataParallel there, with abccl.buckets.hook if its buckets are to be compressed"
             )
         if parameter.requires_grad:
             found[id(parameter)] = parameter

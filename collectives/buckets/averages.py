@@ -24,19 +24,23 @@ from .quantize import BLOCK, dequantize, packed_bytes, quantize
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPRESSIONS = (None, *HALVES, "int8")
+CPU = torch.device("cpu")
 
 
 class Pending:
     """An average under way.
 
     Args:
-        work: has `wait`, `finishes_within`, `is_completed` and `times`.
+        work: has `wait`, `finishes_within`, `is_completed`; `times` if it is of CPU tensors, `stream` if it is enqueued
+            on a device.
         finish: puts the result where it belongs.
     """
 
     def __init__(self, work: Any, finish: Callable[[], None] | None = None) -> None:
         self._work, self._finish = work, finish
         self.is_completed, self.finishes_within = work.is_completed, work.finishes_within
+        if hasattr(work, "stream"):
+            self.stream = work.stream
 
     def wait(self) -> None:
         """Wait until the bucket holds the result. Raises what the operation failed with."""
@@ -109,9 +113,12 @@ class Exact(Average):
 class Halved(Average):
     """In 16-bit floating point: half of float32's bytes. Divided by the size first, or the sum might overflow."""
 
-    def __init__(self, comm: Communicator, count: int, dtype: torch.dtype, half: torch.dtype) -> None:
+    def __init__(
+        self, comm: Communicator, count: int, dtype: torch.dtype, half: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__(comm, count, dtype)
-        self._half: Tensor = comm.empty(count, half)
+        on_host = device.type == "cpu"
+        self._half: Tensor = comm.empty(count, half) if on_host else torch.empty(count, dtype=half, device=device)
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """See `Average`."""
@@ -205,14 +212,22 @@ class Averages:
         self.multiple = comm.size * BLOCK
         self._thread = ThreadPoolExecutor(1, f"abccl buckets of rank {comm.rank}") if compress == "int8" else None
 
-    def make(self, count: int, dtype: torch.dtype) -> Average:
-        """For a bucket. Complex numbers, what is no wider than the compressed type, and one rank's go as they are."""
+    def make(self, count: int, dtype: torch.dtype, device: torch.device = CPU) -> Average:
+        """For a bucket. Complex numbers, what is no wider than the compressed type, and one rank's go as they are.
+
+        Raises:
+            ArgumentError: 8 bits, and the bucket is not on the CPU, which quantises.
+        """
+        if self._thread is not None and device.type != "cpu":
+            raise ArgumentError(
+                f'compress="int8" quantises on the CPU, and the gradients are on {device}: take "bf16", "fp16" or None'
+            )
         if self.compress is None or self.comm.size == 1 or dtype.is_complex or dtype.itemsize <= 1:
             return Exact(self.comm, count, dtype, self._thread)
         if self._thread is not None:
             return Quantized(self.comm, count, dtype, self._thread)
         half = HALVES[self.compress]
-        return Exact(self.comm, count, dtype) if dtype.itemsize <= 2 else Halved(self.comm, count, dtype, half)
+        return Exact(self.comm, count, dtype) if dtype.itemsize <= 2 else Halved(self.comm, count, dtype, half, device)
 
     def close(self) -> None:
         """Give everything back; what is under way fails."""

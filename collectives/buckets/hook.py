@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..communicator import Communicator
-from ..torch.futures import Completion, GroupWork
+from ..torch.futures import Completion, work_of
 from ..torch.process_group import communicator_of
 from .averages import Average, Averages
 
@@ -53,8 +53,8 @@ class HookState:
         shapes = [parameter.shape for parameter in bucket.parameters()]
         known = self._buckets.get(bucket.index())
         if known is None or known[0] != shapes:
-            known = self._buckets[bucket.index()] = (shapes, self._averages.make(flat.numel(), flat.dtype))
-        work = GroupWork([known[1].all_reduce(flat)], [flat], None, self._completion)
+            known = self._buckets[bucket.index()] = (shapes, self._averages.make(flat.numel(), flat.dtype, flat.device))
+        work = work_of([known[1].all_reduce(flat)], [flat], None, self._completion)
         value: torch.futures.Future[Tensor] = work.get_future().then(_first)
         return value
 

@@ -1,7 +1,8 @@
 """Between torch's lists of tensors of any layout and the flat contiguous buffers that the communicator takes.
 
 A tensor that is contiguous is used as it is, and so are tensors that lie one behind the other in one storage, as the
-pieces of `chunk` and `split` do. Everything else goes through a flat copy.
+pieces of `chunk` and `split` do. Everything else goes through a flat copy: on CUDA by the stream that is current then,
+the caller's before an operation, the waiter's behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...transports.types import NUMBERS
+from . import streams
 from .errors import torch_error
 
 _SERVED = frozenset(getattr(torch, name) for name in NUMBERS if hasattr(torch, name))
@@ -61,10 +63,33 @@ def changing(tensor: Tensor) -> tuple[Tensor, Finish | None]:
     return flat, finish
 
 
+def sent(tensor: Tensor) -> Tensor:
+    """Like `reading`, in host memory, where messages are matched. The host waits for the current stream."""
+    x = reading(tensor)
+    return x if streams.device_of(x) is None else streams.host_memory(x).copy_(x.detach())
+
+
+def received(tensor: Tensor) -> tuple[Tensor, Finish | None]:
+    """Like `writing`, in host memory."""
+    if streams.device_of(tensor) is None:
+        return writing(tensor)
+    _check_distinct(tensor)
+    target, host = tensor.detach(), streams.host_memory(tensor)
+
+    def finish() -> None:
+        target.copy_(host, non_blocking=True)
+        streams.keep(target)
+
+    return host, finish
+
+
 def reading_all(tensors: Sequence[Tensor]) -> Tensor:
     """A flat buffer with the values of all tensors, one after the other."""
     joined = _joined(tensors)
-    return torch.cat([reading(tensor).detach().view(-1) for tensor in tensors]) if joined is None else joined
+    if joined is not None:
+        return joined
+    check_one_device(tensors)
+    return torch.cat([reading(tensor).detach().view(-1) for tensor in tensors])
 
 
 def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
@@ -72,6 +97,7 @@ def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
     joined = _joined(tensors)
     if joined is not None:
         return joined, None
+    check_one_device(tensors)
     for tensor in tensors:
         _check_distinct(tensor)
     sizes = [tensor.numel() for tensor in tensors]
@@ -84,6 +110,14 @@ def writing_all(tensors: Sequence[Tensor]) -> tuple[Tensor, Finish | None]:
     return flat, finish
 
 
+def check_one_device(tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors of several devices before any is used."""
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        found = " and ".join(sorted(devices))
+        raise torch_error(ArgumentError(f"tensors on {found} in one call: all must be on one device"))
+
+
 def _check_distinct(target: Tensor) -> None:
     if any(stride == 0 and extent > 1 for stride, extent in zip(target.stride(), target.shape)):
         raise torch_error(
@@ -93,6 +127,7 @@ def _check_distinct(target: Tensor) -> None:
 
 def _copy(target: Tensor, flat: Tensor) -> None:
     target.copy_(flat.view(target.shape))
+    streams.keep(target, flat)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor | None:

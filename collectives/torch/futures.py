@@ -1,4 +1,7 @@
-"""Handles on asynchronous operations, as torch wants them: Work, and torch's futures."""
+"""Handles on asynchronous operations, as torch wants them: Work, and torch's futures.
+
+On CPU tensors the host waits. On CUDA tensors (`StreamWork`) the current stream does, as torch has it for NCCL.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import AbcclError, DeadlineExceeded
+from . import streams
 from .errors import torch_error
 
 _NO_TIMEOUT = timedelta(0)
@@ -43,6 +48,7 @@ class GroupWork(dist.Work):
         self._parts, self._result, self._finish, self._completion = parts, result, finish, completion
         self._error: BaseException | None = None
         self._future: Any = None
+        self._failure: list[BaseException] = []  # what the future raises
         # A copy back takes a moment, and may be asked for by two threads; a reentrant lock, since a signal handler may.
         self._lock = threading.RLock()
 
@@ -67,12 +73,13 @@ class GroupWork(dist.Work):
         """Whether the operation is finished, well or not. Never waits for a peer."""
         if not all(part.is_completed() for part in self._parts):
             return False
-        self.exception()
+        if self._finish is not None:
+            self.exception()
         return True
 
     def is_success(self) -> bool:
         """Whether the operation is finished, and well."""
-        return self.is_completed() and self._error is None
+        return self.is_completed() and self.exception() is None
 
     def exception(self) -> BaseException | None:
         """What the operation failed with, if it is finished and did."""
@@ -89,23 +96,23 @@ class GroupWork(dist.Work):
         return self._result
 
     def synchronize(self) -> None:
-        """The same as `wait`: there are no streams here."""
+        """The same as `wait`, as for NCCL."""
         self.wait()
 
     def block_current_stream(self) -> None:
-        """The same as `wait`: there are no streams here."""
+        """The same as `wait`, as for NCCL."""
         self.wait()
 
     def get_future(self) -> Any:
         """A future of the result. Made on demand: most callers only wait."""
         with self._lock:
             if self._future is None:
-                source: Any = torch.futures.Future()
+                source = self._source()
                 # C++ must never see a future whose error was set from Python: DDP's reducer would crash. An error that
                 # a callback raises is safe. The callback does not hold this work, or they would keep each other alive.
-                self._future = source.then(partial(_value, self._result))
-                if self.is_completed():
-                    source.set_result(self.exception())
+                self._future = source.then(partial(_value, self._result, self._failure))
+                if self._has_future():
+                    self.complete(source)
                 elif self._completion is None or self._completion.is_here():
                     # A callback may wait for the future of another operation, which its own thread can not complete.
                     Completion("abccl future").add(self, source, last=True)
@@ -113,12 +120,29 @@ class GroupWork(dist.Work):
                     self._completion.add(self, source)
             return self._future
 
+    def complete(self, source: Any) -> None:
+        """Wait, and set the future that `get_future` has made."""
+        try:
+            self.wait()
+        except BaseException as caught:
+            self._failure.append(caught)
+        # A callback of the user may raise, and torch logs it.
+        with suppress(BaseException):
+            source.set_result(None if self._failure else self._result)
+
     def source_rank(self) -> int:
         """The rank that a message came from."""
         self.wait()
         return int(self._parts[0].source)
 
     _source_rank = source_rank
+
+    def _source(self) -> Any:
+        return torch.futures.Future()
+
+    def _has_future(self) -> bool:
+        """Whether the future can be set at once."""
+        return self.is_completed()
 
     def _conclude(self) -> None:
         if self._finish is None:
@@ -129,27 +153,84 @@ class GroupWork(dist.Work):
                 finish()
 
 
-class ShortMessage:
-    """A native message that whoever waits for it moves on himself, beside the progress thread."""
+class StreamWork(GroupWork):
+    """An operation on CUDA tensors: `wait` makes the current stream wait, not the host, and copies back there.
+
+    A part with a `stream` is enqueued. The host waits for others: messages, and what it must drive. A future is set
+    when all is enqueued, and what follows from it comes behind that on the device. So it does not tell of what fails
+    later: the next call does. What is copied back is so by the first stream that waits; others wait for that copy.
+
+    Args:
+        device: where the tensors are.
+        operation: all that `GroupWork` wants.
+    """
+
+    def __init__(self, device: torch.device, *operation: Any) -> None:
+        super().__init__(*operation)
+        self._device = device
+        self._copied: Any = None  # the event behind the copies back
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Have the current stream wait for the operation; raise what it is known to have failed with.
+
+        With a timeout the host waits, too, until the device is done, as NCCL's does.
+        """
+        return super().wait(timeout)
+
+    def is_completed(self) -> bool:
+        """Whether the device is done, well or not. Never waits."""
+        return super().is_completed() and (self._copied is None or bool(self._copied.query()))
+
+    def complete(self, source: Any) -> None:
+        """See `GroupWork.complete`: on another stream, which the caller's does not wait for."""
+        with streams.another(self._device):
+            super().complete(source)
+
+    def _source(self) -> Any:
+        return streams.future(self._device)
+
+    def _has_future(self) -> bool:
+        return all(hasattr(part, "stream") or part.is_completed() for part in self._parts)
+
+    def _conclude(self) -> None:
+        with self._lock:
+            if self._copied is not None:
+                streams.wait(self._copied, self._device)
+            elif self._finish is not None:
+                super()._conclude()
+                self._copied = streams.here(self._device)
+
+
+def work_of(
+    parts: Sequence[Any], result: list[Any], finish: Callable[[], None] | None, completion: Completion | None
+) -> GroupWork:
+    """The handle on an operation, by where its result is: see `GroupWork` for the arguments."""
+    device = streams.device_of(result)
+    if device is None:
+        return GroupWork(parts, result, finish, completion)
+    return StreamWork(device, parts, result, finish, completion)
+
+
+class Waited:
+    """An operation with another way to wait for it."""
 
     def __init__(self, part: Any, wait: Callable[[Any], None]) -> None:
         self._part, self._wait = part, wait
         self.is_completed, self.finishes_within = part.is_completed, part.finishes_within
 
     def wait(self) -> None:
-        """Wait until the message is there, or sent."""
+        """Wait until it is finished."""
         self._wait(self._part)
 
     @property
     def source(self) -> int:
-        """The rank that the message came from."""
+        """The rank that a message came from."""
         return int(self._part.source)
 
 
-def _value(result: list[Any], source: Any) -> list[Any]:
-    error = source.value()
-    if error is not None:
-        raise error
+def _value(result: list[Any], failure: list[BaseException], source: Any) -> list[Any]:
+    if failure:
+        raise failure[0]
     return result
 
 
@@ -189,16 +270,8 @@ class Completion:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             work, source = item
-            error: BaseException | None = None
-            try:
-                work.wait()
-            except BaseException as caught:
-                error = caught
-            try:
-                source.set_result(error)
-            except BaseException as caught:  # a callback of the user: torch has logged it
-                del caught
-            del item, work, source, error
+            work.complete(source)
+            del item, work, source
 
 
 def join_completions() -> None:

@@ -7,13 +7,16 @@ import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...errors import ArgumentError
 from .. import Communicator
+from .errors import torch_error
 from .futures import Completion, join_completions
 from .profiling import profiling, record
 
@@ -21,6 +24,13 @@ from .profiling import profiling, record
 _ProcessGroup: Any = dist.ProcessGroup
 
 _open: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+@cache
+def _devices() -> tuple[torch.device, ...]:
+    """What torch may be told. With the CPU among them, it sends objects as CPU tensors."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    return (cpu, cuda) if torch.cuda.is_available() else (cpu,)
 
 
 class _Backend:
@@ -38,6 +48,8 @@ class _Backend:
         return device is None or torch.device(device).type == "cpu"
 
     def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: Any = None) -> Tensor:
+        if not self.supports_tensor_alloc(device):
+            raise torch_error(ArgumentError(f"registered memory is the host's, and {device} wanted: use torch.empty"))
         group = self._group()
         assert group is not None, "the process group is gone"
         return group.empty(size, dtype)
@@ -113,7 +125,7 @@ class Group(_ProcessGroup):  # type: ignore[misc]
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        return list(_devices())
 
     def _get_backend(self, device: Any) -> Any:
         return self._backend

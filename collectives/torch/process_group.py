@@ -1,8 +1,9 @@
 """torch's process group, over a communicator.
 
 A synchronous call of `torch.distributed` runs in its caller's thread and returns no Work; an asynchronous one runs on
-the native progress thread. Tensors that the communicator can take as they are go to it directly; it refuses all others
-before anything is sent, and those are copied to and from flat buffers (see `buffers`).
+the native progress thread. On CUDA tensors the first is enqueued on the current stream, the second on one of the
+communicator's. Tensors that the communicator can take as they are go to it directly; it refuses all others before
+anything is sent, and those are copied to and from flat buffers (see `buffers`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..bootstrap import Alone, Bootstrap, StoreBootstrap
 from . import buffers
 from .dynamo import hide_from_dynamo
 from .errors import torch_error
-from .futures import GroupWork, ShortMessage
+from .futures import GroupWork, StreamWork, Waited, work_of
 from .group import Group
 from .options import (
     OPERATORS,
@@ -70,7 +71,7 @@ def _bootstrap(store: Any, rank: int, size: int, name: str, timeout: float) -> B
 
 
 class ProcessGroup(Group):
-    """The ranks of a `torch.distributed` group, CPU tensors, over a communicator of their own."""
+    """The ranks of a `torch.distributed` group, CPU and CUDA tensors, over a communicator of their own."""
 
     # ---- collectives on one tensor
 
@@ -109,6 +110,8 @@ class ProcessGroup(Group):
             except AbcclError as error:
                 raise torch_error(error) from None
             return self._issue(opts, start, tensors, finish)
+        if len(tensors) > 1:
+            buffers.check_one_device(tensors)
         reduce, parts = self._communicator.all_reduce, [buffers.changing(tensor) for tensor in tensors]
         return self._issue(
             opts,
@@ -188,8 +191,18 @@ class ProcessGroup(Group):
         return self._issue(opts, lambda later: [exchange(out, x, *splits, async_op=later)], [output], finish)
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Any:
-        """All ranks have come."""
+        """All ranks have come; with `device_ids` the host also waits for what the current stream has been given."""
         opts = with_timeout(opts if isinstance(opts, c10d.BarrierOptions) else c10d.BarrierOptions(), timeout)
+        if opts.device is not None and opts.device.type == "cuda":
+            one, reduce = torch.zeros(1, device=opts.device), self._communicator.all_reduce
+
+            def start(later: bool) -> list[Any]:
+                part = Waited(reduce(one, async_op=True), lambda work: work.finishes_within(None))
+                if not later:
+                    part.wait()
+                return [part]
+
+            return self._issue(opts, start, [], None)
         barrier = self._communicator.barrier
         return self._issue(opts, lambda later: [barrier(async_op=later)], [], None)
 
@@ -212,6 +225,7 @@ class ProcessGroup(Group):
 
     def allgather_coalesced(self, output_lists: list[list[Tensor]], input_list: list[Tensor], opts: Any = None) -> Any:
         """Every rank gets the inputs of all ranks: rank r's i-th input in the i-th output of the r-th list."""
+        buffers.check_one_device([*input_list, *(output for outputs in output_lists for output in outputs)])
         lists = [list(outputs) for outputs in zip(*output_lists)]
         return self._gather_all(lists, input_list, output_lists, opts or c10d.AllgatherOptions())
 
@@ -237,6 +251,7 @@ class ProcessGroup(Group):
         self, output_lists: list[Tensor], input_list: list[Tensor], opts: Any = None
     ) -> Any:
         """`all_gather_single` of each pair of tensors."""
+        buffers.check_one_device([*output_lists, *input_list])
         calls = [(*buffers.writing(out), buffers.reading(x)) for out, x in zip(output_lists, input_list)]
         flats = [(buffers.as_bytes(out), buffers.as_bytes(x)) for out, _, x in calls]
         gather = self._communicator.all_gather
@@ -274,6 +289,7 @@ class ProcessGroup(Group):
         self, outputTensors: list[Tensor], inputTensors: list[Tensor], opts: Any = None
     ) -> Any:
         """`reduce_scatter_single` of each pair of tensors."""
+        buffers.check_one_device([*outputTensors, *inputTensors])
         opts = opts or c10d.ReduceScatterOptions()
         operator, scatter = operator_name(opts.reduceOp), self._communicator.reduce_scatter
         calls = [(*buffers.writing(out), buffers.reading(x)) for out, x in zip(outputTensors, inputTensors)]
@@ -358,11 +374,11 @@ class ProcessGroup(Group):
         """Start to send the tensor."""
         (tensor,) = tensors
         try:
-            x = buffers.as_bytes(buffers.reading(tensor))
+            x = buffers.as_bytes(buffers.sent(tensor))
             part = self._communicator.send(x, dstRank, tag, async_op=True)
         except AbcclError as error:
             raise torch_error(error) from None
-        return GroupWork([self._message(part, x)], tensors, None, None)
+        return work_of([self._message(part, x)], tensors, None, None)
 
     def recv(self, tensors: list[Tensor], srcRank: int, tag: int = 0) -> Any:
         """Start to receive into the tensor."""
@@ -375,15 +391,15 @@ class ProcessGroup(Group):
     def _receive(self, tensors: list[Tensor], peer: int | None, tag: int) -> Any:
         (tensor,) = tensors
         try:
-            out, finish = buffers.writing(tensor)
+            out, finish = buffers.received(tensor)
             part = self._communicator.recv(buffers.as_bytes(out), peer, tag, async_op=True)
         except AbcclError as error:
             raise torch_error(error) from None
-        return GroupWork([self._message(part, out)], tensors, finish, None)
+        return work_of([self._message(part, out)], tensors, finish, None)
 
     def _message(self, part: Any, buffer: Tensor) -> Any:
         short = buffer.numel() * buffer.element_size() <= _SHORT
-        return ShortMessage(part, self._communicator.wait_message) if short else part
+        return Waited(part, self._communicator.wait_message) if short else part
 
     # ---- how operations run
 
@@ -414,7 +430,7 @@ class ProcessGroup(Group):
                 return None
         except AbcclError as error:
             raise torch_error(error) from None
-        work = GroupWork(parts, result, finish, self._completion)
+        work = work_of(parts, result, finish, self._completion)
         if opts.asyncOp:
             return work
         work.wait()
@@ -454,5 +470,7 @@ def communicator_of(group: Any) -> Communicator:
 
 
 hide_from_dynamo(
-    getattr(member, "fget", member) for kind in (ProcessGroup, Group, GroupWork) for member in vars(kind).values()
+    getattr(member, "fget", member)
+    for kind in (ProcessGroup, Group, GroupWork, StreamWork)
+    for member in vars(kind).values()
 )

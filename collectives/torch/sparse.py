@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ..communicator import Communicator
 from ..work import Work
+from . import streams
 
 
 def sum_sparse(
@@ -59,6 +60,7 @@ def sum_sparse(
             total = total / communicator.size
         with torch.no_grad():
             tensor.copy_(total)
+        streams.keep(all_indices, all_values)
 
     return start, finish
 
@@ -73,7 +75,7 @@ def _add_in_rank_order(indices: Tensor, values: Tensor, counts: list[int], shape
         flat = flat * extent + row
     places, where = torch.unique(flat, return_inverse=True)
     wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
-    total = torch.zeros((len(places), *values.shape[1:]), dtype=wide)
+    total = torch.zeros((len(places), *values.shape[1:]), dtype=wide, device=values.device)
     for rows, part in zip(torch.split(where, counts), torch.split(values, counts)):
         total[rows] += part  # a rank has one element at a place
     sparse = torch.stack(torch.unravel_index(places, shape[: len(indices)]))

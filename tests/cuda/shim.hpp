@@ -12,9 +12,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
+// A vector of the compiler's: the CPU refuses to load one, or to store it, where its address is no multiple of 16.
+using uint4 = unsigned __attribute__((vector_size(16)));
 
 struct Index {
     unsigned x;

@@ -8,9 +8,6 @@
 
 #include "threads.hpp"
 // The kernels.
-#include "interpreter.cu"
-#include "shots.cu"
-
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,6 +16,9 @@
 #include <cstdlib>
 #include <map>
 #include <string>
+
+#include "interpreter.cu"
+#include "shots.cu"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -44,7 +44,7 @@ void run(void** a) {
 }
 
 const std::map<std::string, Kernel> kernels = {
-#define KNOWN(name, Element)                                                                   \
+#define KNOWN(name, Element)                                                                \
     {"interpret_" #name, run<interpret_##name>}, {"one_shot_" #name, run<one_shot_##name>}, \
         {"two_shot_" #name, run<two_shot_##name>},
     ABCCL_KERNELS(KNOWN)

@@ -1,11 +1,9 @@
-// What a .cu file needs of CUDA's language to run on the CPU with a thread of the system for each thread of a kernel, so
-// that kernels can wait for each other and ThreadSanitizer sees what they do.
+// What a .cu file needs of CUDA's language to run on the CPU with a thread of the system for each thread of a kernel,
+// so that kernels can wait for each other and ThreadSanitizer sees what they do.
 //
 // Include it before the .cu file, and give `launch` a function that calls the kernel. Blocks have few threads here: a
 // kernel must go by blockDim. Where a wait polls, and at random before signals, the processor is given away.
 #pragma once
-
-#include "shim.hpp"
 
 #include <pthread.h>
 #include <sched.h>
@@ -14,6 +12,8 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "shim.hpp"
 
 namespace cpu {
 
