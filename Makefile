@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-fake-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -112,6 +112,11 @@ validate-simulator: $(NATIVE) ## time collectives and simulate the same, into do
 test: $(NATIVE) native-test $(if $(findstring mpi,$(EXTRAS)),.venv-mpich/.installed) ## all tests
 	@echo "== python tests"
 	@python -m pytest
+	@$(MAKE) --no-print-directory test-fake-gpu
+
+test-fake-gpu: $(NATIVE) ## the tests for a GPU on a driver that is none, which make test makes, too
+	@echo "== the tests for a GPU, on the fake driver"
+	@ABCCL_TEST_FAKE_CUDA=1 python -m pytest tests/gpu
 
 test-%: $(NATIVE) ## the multi-process tests with N ranks, as in `make test-4`
 	@case '$*' in *[!0-9]*|0*) echo "make test-$*: wanted a number of ranks, as in make test-4" >&2; exit 2;; esac

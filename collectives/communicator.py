@@ -334,8 +334,9 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         if self._closed or self._generation != _native.fork_generation():
             return
         self._closed = True
-        if self._devices is not None:
-            self._devices.close()
+        for on_device in (self._devices, self._device_messages):
+            if on_device is not None:
+                on_device.close()
         self._driver.close(ClosedError("the communicator was closed while this operation was pending"))
         self._transport.close()
 

@@ -5,28 +5,25 @@ a graph. A call enqueues on the stream that the array's library works on now (to
 returns; with `async_op` on a stream of its own, behind the current one. Nothing waits on the host, unless what carries
 messages must (`staged`).
 
-Messages (`send`, `recv`) go through pinned host memory, by the host side's messages: with tags, any source, and in
-nobody's way.
+Messages (`send`, `recv`) are another matter: see `device_messages.py`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 from ..algorithms import Collective
 from ..errors import AbcclError, ArgumentError, ClosedError
 from ..transports import Transport
-from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport, device_of
-from .arrays import Array, View, current_stream, view
+from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport
+from .arrays import CPU, Array, View, current_stream, view
 from .binding import Binder
 from .bootstrap import Bootstrap
+from .device_messages import ordinal_of
 from .device_reach import reach_devices
 from .driver import Driver
-from .pinned import PinnedMemory
 from .tuner.tuner import AlgorithmLike, Tuner
 from .work import Work
 
@@ -53,9 +50,9 @@ class DeviceSide:
 
     def __init__(self, transport: DeviceTransport, ordinal: int, binder: Binder, refused: tuple[str, ...]) -> None:
         self._transport, self.ordinal, self._binder, self._refused = transport, ordinal, binder, refused
+        self._name = f"cuda:{ordinal}"
         with transport.driver.as_current():
             self._side = transport.driver.create_stream()
-        self._pinned = PinnedMemory(transport.driver)
         self._bound: dict[Any, Any] = {}
         self._pending: list[DeviceWork] = []  # what they work on is kept until the device has done
         self._lock = threading.RLock()
@@ -90,6 +87,7 @@ class DeviceSide:
         """Enqueue a call."""
         stream = current_stream(out if out is not None else x)
         with self._lock, self._transport.driver.as_current():
+            self._pending = [pending for pending in self._pending if not pending.is_completed()]
             if self._driver is not None:
                 return self._drive(self._driver, call, stream, (x, out), asynchronous)
             if not asynchronous:
@@ -97,31 +95,8 @@ class DeviceSide:
                 return None
             self._follow(self._side, stream)
             work = DeviceWork(self._start(call, self._side), self._side, (x, out))
-            self._pending = [pending for pending in self._pending if not pending.is_completed()]
             self._pending.append(work)
             return work
-
-    def message(
-        self, transfer: Callable[..., Any], call: str, x: Array, peer: Any, tag: int | None, asynchronous: bool
-    ) -> Any:
-        """A send or recv of an array on the device, by the host side's `transfer`."""
-        found = self._view(x, "x", call)
-        assert found is not None
-        nbytes, stream = found.count * found.itemsize, current_stream(x)
-        with self._transport.driver.as_current():
-            buffer = self._pinned.take(nbytes)
-            if call == "send":
-                self._transport.driver.copy(buffer.address, found.address, nbytes, stream)
-                self._transport.driver.synchronize(stream)
-        work = transfer(call, peer, tag, buffer.address, nbytes, buffer, True)
-        bring: Callable[[], None] | None = None
-        if call == "recv":
-            bring = partial(self._bring, found.address, buffer, nbytes, x)
-        message = DeviceMessage(work, bring)
-        if asynchronous:
-            return message
-        message.wait()
-        return None if call == "send" else message.source
 
     def close(self) -> None:
         """Give everything back."""
@@ -130,7 +105,6 @@ class DeviceSide:
         self._transport.close()
         with self._transport.driver.as_current():
             self._transport.driver.destroy_stream(self._side)
-            self._pinned.close()
         self._pending.clear()
 
     def abort(self, error: AbcclError) -> None:
@@ -140,12 +114,6 @@ class DeviceSide:
     def __str__(self) -> str:
         refused = "".join(f"; not {reason}" for reason in self._refused)
         return f"{self._transport.driver.name} (cuda:{self.ordinal}) over {self._transport.name}{refused}"
-
-    def _bring(self, address: int, buffer: Any, nbytes: int, x: Array) -> None:
-        stream = current_stream(x)
-        with self._transport.driver.as_current():
-            self._transport.driver.copy(address, buffer.address, nbytes, stream)
-            buffer.used_on(stream)
 
     def _start(self, call: DeviceCall, stream: int) -> DeviceExecution:
         self._transport.stream = stream
@@ -173,10 +141,7 @@ class DeviceSide:
         if array is None:
             return None
         found = view(array, name, call)
-        kind, _, ordinal = found.device.partition(":")
-        if kind == "cuda" and not ordinal:
-            ordinal = str(self._transport.driver.pointer(found.address).device)
-        if kind != "cuda" or int(ordinal) != self.ordinal:
+        if found.device != self._name and (found.device == CPU or ordinal_of(found) != self.ordinal):
             raise ArgumentError(
                 f"{call}: {name} is on {found.device}, and this rank's device is cuda:{self.ordinal}, that of the "
                 f"first array: pass arrays on that, or all on the CPU"
@@ -192,8 +157,7 @@ class DeviceWork(Work):
     """
 
     def __init__(self, execution: DeviceExecution, stream: int, arrays: tuple[Array, Array]) -> None:
-        self._execution, self.stream = execution, stream
-        self._keep: Any = arrays
+        self._execution, self.stream, self._arrays = execution, stream, arrays
 
     def wait(self, timeout: float | None = None) -> None:
         """Let the current stream wait for the operation; the host goes on.
@@ -206,16 +170,14 @@ class DeviceWork(Work):
         """
         execution = self._execution
         execution.transport.check()
-        keep = self._keep
-        if keep is not None and execution.end is not None:
-            stream = current_stream(keep[1] if keep[1] is not None else keep[0])
+        if execution.end is not None:
+            stream = current_stream(next(array for array in self._arrays if array is not None))
             with execution.transport.driver.as_current():
                 execution.transport.driver.wait_event(stream, execution.end.handle)
 
     def synchronize(self) -> None:
         """Wait on the host. Raises what the operation failed with."""
         self._execution.wait(time.monotonic() + self._execution.transport.timeout)
-        self._keep = None
 
     def finishes_within(self, timeout: float | None) -> bool:
         """See `Work.finishes_within`: the host waits."""
@@ -231,35 +193,7 @@ class DeviceWork(Work):
 
     def is_completed(self) -> bool:
         """See `Work.is_completed`."""
-        done = self._execution.transport.watch.error is not None or self._execution.finished()
-        if done:
-            self._keep = None
-        return done
-
-
-class DeviceMessage(Work):
-    """A message of the host side, and for one that is received what brings it to the device."""
-
-    def __init__(self, work: Any, bring: Callable[[], None] | None) -> None:
-        self._work, self._bring = work, bring
-
-    def finishes_within(self, timeout: float | None) -> bool:
-        """See `Work.finishes_within`. What comes after on the current stream finds the message."""
-        if not self._work.finishes_within(timeout):
-            return False
-        bring, self._bring = self._bring, None
-        if bring is not None:
-            bring()
-        return True
-
-    def is_completed(self) -> bool:
-        """See `Work.is_completed`: wait() then no longer waits for a peer."""
-        return bool(self._work.is_completed())
-
-    @property
-    def source(self) -> int:
-        """The rank that a finished receive came from."""
-        return int(self._work.source)
+        return self._execution.transport.watch.error is not None or self._execution.finished()
 
 
 def connect_devices(
@@ -275,11 +209,10 @@ def connect_devices(
     Raises:
         TransportError, ArgumentError: see `reach_devices`.
     """
-    found = view(array, "x", call)
-    ordinal = found.device.partition(":")[2] or device_of(found.address)
-    reached = reach_devices(meeting, beside.name, int(ordinal), tuner, timeout)
+    ordinal = ordinal_of(view(array, "x", call))
+    reached = reach_devices(meeting, beside.name, ordinal, tuner, timeout)
     reached.transport.on_failure = beside.abort
-    return DeviceSide(reached.transport, int(ordinal), Binder(reached.transport, reached.tuner), reached.refused)
+    return DeviceSide(reached.transport, ordinal, Binder(reached.transport, reached.tuner), reached.refused)
 
 
 def _kind(found: View | None) -> Any:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..algorithms import Collective
 from ..transports import Transport
-from .arrays import Array, is_on_device
+from .arrays import Array, View, is_on_device
 from .bootstrap import Bootstrap
 from .persistent import Persistent, PersistentExecution
 from .tuner.tuner import AlgorithmLike, Tuner
 
 if TYPE_CHECKING:
     from .device import DeviceSide
+    from .device_messages import DeviceMessages
 
 
 class DeviceCalls(ABC):
@@ -26,6 +27,7 @@ class DeviceCalls(ABC):
     tuner: Tuner
     _transport: Transport
     _devices: DeviceSide | None = None
+    _device_messages: DeviceMessages | None = None
 
     @property
     def devices(self) -> DeviceSide | None:
@@ -44,6 +46,13 @@ class DeviceCalls(ABC):
             meeting = self._meeting(range(self.size))
             self._devices = connect_devices(meeting, self._transport, array, call, self.tuner, self.timeout)
         return self._devices
+
+    def _messages_on_device(self, found: View) -> DeviceMessages:
+        if self._device_messages is None:
+            from .device_messages import DeviceMessages, ordinal_of
+
+            self._device_messages = DeviceMessages(ordinal_of(found))
+        return self._device_messages
 
     def _device_call(
         self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: AlgorithmLike

@@ -17,10 +17,11 @@ from ..errors import AbcclError, ArgumentError, TransportError
 from ..transports import Transport
 from ..transports.cuda_ipc import CudaIpcTransport
 from ..transports.device import DeviceTransport, open_device
-from ..transports.joint import JOINT, JointTransport
+from ..transports.joint import JOINT
+from ..transports.mpi import MPITransport
 from ..transports.nccl import nccl_wire
 from ..transports.staged import StagedWire, mpi_is_cuda_aware
-from ..transports.topology import Exchange, Topology
+from ..transports.topology import Exchange, Topology, find_topology
 from .bootstrap import Bootstrap
 from .reach import reach
 from .tuner.candidates import Place
@@ -75,17 +76,22 @@ def reach_devices(meeting: Bootstrap, host_transport: str, ordinal: int, tuner: 
         made = open_device(ordinal)
     except AbcclError as error:
         refusal = f"rank {meeting.rank}: {error}"
-    cards = [json.loads(blob) for blob in meeting.exchange(json.dumps([refusal, wanted, sync]).encode())]
+    # Only MPI may be given addresses of a device's memory: not a transport in which some peers share memory instead.
+    direct = host_transport == "mpi" and mpi_is_cuda_aware()
+    cards = [json.loads(blob) for blob in meeting.exchange(json.dumps([refusal, direct, wanted, sync]).encode())]
     refusals = list(dict.fromkeys(card[0] for card in cards if card[0]))
     if refusals or made is None:
         raise TransportError("; ".join(refusals))
-    other = next((rank for rank, card in enumerate(cards) if card[1:] != cards[0][1:]), None)
+    other = next((rank for rank, card in enumerate(cards) if card[2:] != cards[0][2:]), None)
     if other is not None:
         raise ArgumentError(
-            f"rank 0 has {ENVIRONMENT}={cards[0][1] or ''} and {SYNC}={cards[0][2]}, rank {other} has "
-            f"{ENVIRONMENT}={cards[other][1] or ''} and {SYNC}={cards[other][2]}: they must be the same on all ranks"
+            f"rank 0 has {ENVIRONMENT}={cards[0][2] or ''} and {SYNC}={cards[0][3]}, rank {other} has "
+            f"{ENVIRONMENT}={cards[other][2] or ''} and {SYNC}={cards[other][3]}: they must be the same on all ranks"
         )
-    host, topology = reach(meeting, None if host_transport == JOINT else host_transport)
+    if all(card[1] for card in cards):
+        host, topology = meeting.network("mpi"), find_topology(meeting.rank, meeting.size, meeting.exchange)
+    else:
+        host, topology = reach(meeting, None if host_transport == JOINT else host_transport)
     try:
         name, transport, refused = _first_of(_names(wanted, topology), host, made, meeting.exchange, sync, timeout)
     except BaseException:
@@ -136,9 +142,8 @@ def _staged(
     host: Transport, driver: Any, kernels: Any, exchange: Exchange, sync: str, timeout: float
 ) -> DeviceTransport:
     lock = threading.RLock()
-    by_mpi = isinstance(host, JointTransport) and host.name == "mpi"
-    verdicts = exchange(b"1" if by_mpi and mpi_is_cuda_aware() else b"")
-    wire = StagedWire(host, lock, driver, direct=all(verdicts))
+    # An MPI that knows of devices is the host transport itself: see `reach_devices`.
+    wire = StagedWire(host, lock, driver, direct=isinstance(host, MPITransport))
     return DeviceTransport(host, driver, kernels, wire, timeout, lock)
 
 

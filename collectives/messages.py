@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from .arrays import CPU, Array, bytes_at, view
+from .arrays import CPU, Array, View, bytes_at, view
 from .driver import DrivenWork, Driver
 from .mailbox import ANY_SOURCE
 
@@ -24,8 +24,8 @@ class MessageCalls(ABC):
     _messages: list[Any]
 
     @abstractmethod
-    def _device_side(self, array: Array, call: str) -> Any:
-        """What serves arrays on a device."""
+    def _messages_on_device(self, found: View) -> Any:
+        """Those of arrays on the device that this one is on."""
 
     @abstractmethod
     def _check_usable(self) -> None:
@@ -73,7 +73,7 @@ class MessageCalls(ABC):
         if tag is not None and tag < 0:
             raise ArgumentError(f"{call}: tag must not be negative, and is {tag}")
         if buffer.device != CPU:
-            return self._device_side(x, call).message(self._transfer, call, x, peer, tag, asynchronous)
+            return self._messages_on_device(buffer).message(self._transfer, call, x, buffer, peer, tag, asynchronous)
         return self._transfer(call, peer, tag, buffer.address, buffer.count * buffer.itemsize, x, asynchronous)
 
     def _transfer(

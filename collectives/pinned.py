@@ -55,9 +55,10 @@ class PinnedBuffer:
     def __init__(self, memory: PinnedMemory, size: int, address: int, event: int) -> None:
         self._memory, self._size, self.address, self._event = memory, size, address, event
 
-    def used_on(self, stream: int) -> None:
-        """The last copy to or from it is enqueued there."""
+    def used_on(self, stream: int) -> int:
+        """The last copy to or from it is enqueued there: the event behind that, good for as long as the buffer."""
         self._memory._driver.record(self._event, stream)
+        return self._event
 
     def __del__(self) -> None:
         self._memory._put(self._size, self.address, self._event)

@@ -109,13 +109,13 @@ def _compile(
         encoded = [argument.encode() for argument in arguments]
         (result,) = nvrtc.nvrtcCompileProgram(handle, len(encoded), encoded)
         if result != 0:
-            log = b" " * call("nvrtcGetProgramLogSize", handle)
+            log = bytes(call("nvrtcGetProgramLogSize", handle))
             call("nvrtcGetProgramLog", handle, log)
             raise TransportError(
                 f"NVRTC {version[0]}.{version[1]} does not compile {', '.join(sources)} with {' '.join(arguments)} "
                 f"({result.name}); please report this:\n{log.rstrip(bytes(1)).decode(errors='replace')}"
             )
-        image = b" " * call("nvrtcGetCUBINSize", handle)
+        image = bytes(int(call("nvrtcGetCUBINSize", handle)))
         call("nvrtcGetCUBIN", handle, image)
         return image
     finally:

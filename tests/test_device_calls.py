@@ -173,6 +173,43 @@ def test_graphs_are_replayed_on_changing_data(monkeypatch: pytest.MonkeyPatch) -
     on_devices(monkeypatch, 3, body)
 
 
+def test_asynchronous_calls_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(me: Rank) -> None:
+        comm, driver = me.communicator, me.driver
+        stream = driver.create_stream()
+        arrays = [me.array(np.zeros(100, "int32"), stream=stream) for _ in range(2)]
+        result = me.array(np.zeros(100, "int32"))
+        for x in arrays:
+            comm.all_reduce(x, async_op=True).synchronize()
+        comm.barrier()
+        driver.begin_capture(stream)
+        works = [comm.all_reduce(x, async_op=True) for x in arrays]
+        for work in works:
+            work.wait()
+        driver.copy(result.address, arrays[1].address, result.nbytes, stream)
+        graph = driver.end_capture(stream)  # refuses what has not joined
+        for turn in range(20):
+            for x in arrays:
+                x.put(np.full(100, turn + me.rank))
+            driver.launch_graph(graph, stream)
+            assert (result.get() == sum(turn + r for r in range(me.size))).all()
+
+    on_devices(monkeypatch, 2, body)
+
+
+def test_a_message_needs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(me: Rank) -> None:
+        x = me.array(np.full(5, me.rank, "int64"))
+        if me.rank == 0:
+            me.communicator.send(x, 1)
+        elif me.rank == 1:
+            me.communicator.recv(x, 0)
+            assert (x.get() == 0).all()
+        assert me.communicator.devices is None
+
+    on_devices(monkeypatch, 3, body)
+
+
 def test_a_first_run_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     def body(me: Rank) -> None:
         stream = me.driver.create_stream()

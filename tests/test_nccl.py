@@ -159,6 +159,7 @@ def make(size: int, wire_plan: type[NcclWirePlan] = NcclWirePlan, hangs: bool = 
         for driver in ranks.drivers:
             left = [region for region in driver._memory if region.source in ("allocated", "pinned")]
             assert not left, left
+    assert all(len(transport.wire.communicator.ended) == 1 for transport in transports)
     ranks.close()
 
 
@@ -323,7 +324,7 @@ def test_an_abort_from_another_thread_lets_the_devices_go() -> None:
     with make(3) as transports:
         for error in stuck(transports, lambda: transports[0].abort(Aborted("enough"))):
             assert isinstance(error, Aborted) and "enough" in str(error), error
-        assert [transport.wire.communicator.ended for transport in transports[:2]] == ["aborted"] * 2
+        assert [transport.wire.communicator.ended for transport in transports[:2]] == [["aborted"]] * 2
 
 
 def test_a_peer_that_dies_is_lost() -> None:
@@ -368,7 +369,7 @@ def test_who_hangs_in_nccl_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> Non
     wire.check()
     wire.close()
     wire.close()
-    assert wire.communicator.ended == "aborted"
+    assert wire.communicator.ended == ["aborted"]
     ranks.close()
 
 

@@ -277,7 +277,7 @@ class StagedPlan:
             memory, begin = (registers, start) if wire.direct else (wire.take(length), 0)
             with wire.lock:
                 into = memory.view[begin : begin + length]
-                request = wire.host.post_recv(incoming.peer, 0, into)
+                request = wire.host.post_recv(incoming.peer, self._lane.number, into)
             memory.requests.append(request)
             arriving.append(_Arrival(request, registers.address + start, memory))
             start += length

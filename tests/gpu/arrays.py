@@ -16,15 +16,25 @@ import abccl
 COUNTS = (0, 1, 5, 1000, 40_003) if FAKE else (0, 1, 5, 1000, 1_000_003, 20_000_000)
 
 
+class Stand:
+    """What stands for an array of cupy's."""
+
+    device = SimpleNamespace(id=0)
+    __cuda_array_interface__: dict[str, Any] = {}
+
+    def __init__(self, interface: dict[str, Any], dtype: Any, memory: Memory) -> None:
+        self.__cuda_array_interface__, self.dtype, self.memory = interface, dtype, memory
+
+
 class Cupy:
     """cupy's arrays; with the fake driver, arrays in its memory that have what abccl asks of cupy's."""
 
     def __init__(self) -> None:
         if FAKE:
-            from abccl.collectives import device_reach
+            from abccl.transports import device
 
             self.driver = make_driver()
-            device_reach.driver_of = lambda ordinal: self.driver
+            device.driver_of = lambda ordinal: self.driver
         else:
             self.of = __import__("cupy")
 
@@ -36,9 +46,7 @@ class Cupy:
         if data.nbytes:
             memory.write(data)
         interface = {"shape": data.shape, "typestr": data.dtype.str, "data": (memory.address, False), "version": 3}
-        return SimpleNamespace(
-            __cuda_array_interface__=interface, dtype=data.dtype, device=SimpleNamespace(id=0), memory=memory
-        )
+        return Stand(interface, data.dtype, memory)
 
     def back(self, array: Any) -> Any:
         """On the host, once all that was enqueued on the current stream is done."""

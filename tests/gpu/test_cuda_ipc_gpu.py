@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.ranks]
 @pytest.fixture(scope="module")
 def conformed() -> dict[str, str]:
     """What each check found, among 2, 3 and 4 of 4 processes."""
-    return abccl.spawn(ranks.conform, 4, args=((1, 2, 3, 4),), timeout=550)[0]
+    return abccl.spawn(ranks.conform, 4, args=((3,) if FAKE else (1, 2, 3, 4),), timeout=550)[0]
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in conformance.CHECKS])
