@@ -416,7 +416,7 @@ class FakeDriver:
         for argument in arguments:
             data = bytes(argument)
             for (word,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8]):
-                region = self._memory.find(word)
+                region = self._memory.find(word) if word else None
                 if region is not None and region.source == "freed":
                     self._memory.check(f"kernel {name}", word, 1)
 

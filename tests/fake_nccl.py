@@ -261,6 +261,7 @@ class Network:
         self.lock, self.hangs = threading.Lock(), hangs
         self.worlds: dict[bytes, World] = {}
         self.inits = 0
+        self.communicators: list[FakeCommunicator] = []
         self.init_errors: dict[int, int] = {}
 
     @property
@@ -300,13 +301,15 @@ class FakeNccl:
         return secrets.token_bytes(128)
 
     def NcclCommunicator(self, ndev: int, commId: bytes, rank: int) -> FakeCommunicator:
+        self._driver._enter("NcclCommunicator")  # NCCL takes the device that is current in the thread
         with self._network.lock:
             self._network.inits += 1
             world = self._network.worlds.setdefault(commId, World(ndev, self._network.hangs))
         if rank in self._network.init_errors:
             raise NcclError(self._network.init_errors[rank])
         world.join(rank)
-        return FakeCommunicator(self, world, rank)
+        self._network.communicators.append(FakeCommunicator(self, world, rank))
+        return self._network.communicators[-1]
 
     def groupStart(self) -> None:
         self._thread.group = []

@@ -12,7 +12,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +56,19 @@ def _tool(name: str) -> str:
 pytestmark = pytest.mark.skipif(not _has_nvrtc(), reason="cuda-bindings or nvidia-cuda-nvrtc is not installed")
 
 
-@pytest.fixture(scope="module")
-def cubins() -> dict[tuple[str, str], Path]:
-    """All kernels, by file and architecture. What was compiled before is under build/."""
+@cache
+def _cubins(source: str) -> dict[str, Path]:
+    """All kernels of a file, by architecture. What was compiled before is under build/."""
 
-    def make(source: str, architecture: str) -> Path:
-        image = compile([source], architecture)
+    def make(architecture: str) -> Path:
         file = BUILT / f"{source}-{architecture}.cubin"
-        file.write_bytes(image)
+        file.write_bytes(compile([source], architecture))
         return file
 
-    wanted = list(product(SOURCES, ARCHITECTURES))
-    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor() as pool:
         patched.setenv("ABCCL_CACHE_DIR", str(BUILT))
         BUILT.mkdir(parents=True, exist_ok=True)
-        return dict(zip(wanted, pool.map(lambda one: make(*one), wanted)))
+        return dict(zip(ARCHITECTURES, pool.map(make, ARCHITECTURES)))
 
 
 def _said(tool: str, *arguments: str | Path) -> str:
@@ -95,9 +93,9 @@ def _kernels(source: str) -> set[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_kernel_spills(cubins: dict[tuple[str, str], Path], source: str, architecture: str) -> None:
+def test_no_kernel_spills(source: str, architecture: str) -> None:
     """None has a stack frame or local memory, which is where registers are spilled to."""
-    usage = _said("cuobjdump", "-res-usage", cubins[source, architecture])
+    usage = _said("cuobjdump", "-res-usage", _cubins(source)[architecture])
     found = dict(re.findall(r"Function (\w+):\s+(.*)", usage))
     assert found.keys() == _kernels(source)
     assert [name for name, used in found.items() if "STACK:0 " not in used or "LOCAL:0 " not in used] == []
@@ -107,10 +105,8 @@ def test_no_kernel_spills(cubins: dict[tuple[str, str], Path], source: str, arch
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_memory_is_accessed_16_bytes_at_a_time(
-    cubins: dict[tuple[str, str], Path], source: str, architecture: str
-) -> None:
-    code = _machine_code(cubins[source, architecture])
+def test_memory_is_accessed_16_bytes_at_a_time(source: str, architecture: str) -> None:
+    code = _machine_code(_cubins(source)[architecture])
     assert code.keys() == _kernels(source)
     for name, instructions in code.items():
         assert not re.search(r"\b(LDL|STL)\b", instructions), f"{name} uses local memory"

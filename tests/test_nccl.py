@@ -154,12 +154,11 @@ def make(size: int, wire_plan: type[NcclWirePlan] = NcclWirePlan, hangs: bool = 
     assert in_threads(size, lambda rank: connect(transports[rank])) == [None] * size
     yield transports
     closed = in_threads(size, lambda rank: transports[rank].close())
-    if not any(driver._context.over for driver in ranks.drivers):  # a device that has failed gives nothing back
-        assert closed == [None] * size, closed
-        for driver in ranks.drivers:
-            left = [region for region in driver._memory if region.source in ("allocated", "pinned")]
-            assert not left, left
-    assert all(len(transport.wire.communicator.ended) == 1 for transport in transports)
+    for transport, outcome in zip(transports, closed):
+        if not transport.driver._context.over:  # a device that has failed gives nothing back
+            assert outcome is None, outcome
+            left = [region for region in transport.driver._memory if region.source in ("allocated", "pinned")]
+            assert not left and len(transport.wire.communicator.ended) == 1, left
     ranks.close()
 
 
@@ -432,6 +431,22 @@ def test_all_fail_if_one_can_not_begin() -> None:
     ranks.network.init_errors[0] = 1
     (said,) = meet_in_vain(ranks)
     assert said.startswith("nccl: rank 0 of 1: NCCL says unhandled cuda error"), said
+
+
+def test_a_communicator_that_not_all_have_is_aborted() -> None:
+    ranks, blobs = Ranks(1), list[bytes]()
+
+    def exchange(blob: bytes) -> list[bytes]:
+        blobs.append(blob)
+        if len(blobs) > 1:
+            raise PeerLost("somebody has ended")
+        return [blob]
+
+    with pytest.raises(PeerLost, match="somebody"):
+        nccl_wire(exchange, 0, 1, ranks.drivers[0], ranks.nccls[0])
+    (communicator,) = ranks.network.communicators
+    assert communicator.ended == ["aborted"]
+    ranks.close()
 
 
 def imports(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:

@@ -112,13 +112,13 @@ class StepWire(ABC):
 class Kernels(Protocol):
     """What runs on the device between messages: see `cuda/compile.py`."""
 
-    def fold(self, dtype: str, op: int, destination: int, sources: Sequence[int], count: int, stream: int) -> None:
+    def folding(self, dtype: str, op: int, destination: int, sources: Sequence[int], count: int) -> Command:
         """destination = source op source op ..., left to right."""
 
-    def scale(self, dtype: str, destination: int, source: int, factor: float, count: int, stream: int) -> None:
+    def scaling(self, dtype: str, destination: int, source: int, factor: float, count: int) -> Command:
         """destination = source * factor."""
 
-    def gather(self, pieces: Sequence[tuple[int, int, int]], stream: int) -> None:
+    def gathering(self, pieces: Sequence[tuple[int, int, int]]) -> Command:
         """Copy pieces: (destination, source, bytes)."""
 
     def tick(self, address: int, stream: int) -> None:
@@ -233,9 +233,9 @@ class _LaneCommands:
             return
         self._copy()
         if writing.kind is Instruction.FOLD:
-            self.made.append(partial(self.kernels.fold, dtype, operation.op, to, tuple(sources), count))
+            self.made.append(self.kernels.folding(dtype, operation.op, to, sources, count))
         else:
-            self.made.append(partial(self.kernels.scale, dtype, to, sources[0], operation.factor, count))
+            self.made.append(self.kernels.scaling(dtype, to, sources[0], operation.factor, count))
 
     def _add_copy(self, to: int, source: int, nbytes: int) -> None:
         """Copies that follow each other go together, unless one reads or writes what another of them writes."""
@@ -280,4 +280,4 @@ def copying(driver: Any, kernels: Kernels, pieces: Sequence[tuple[int, int, int]
     pieces = tuple(piece for piece in pieces if piece[2])
     if len(pieces) == 1:
         return partial(driver.copy, *pieces[0])
-    return partial(kernels.gather, pieces)
+    return kernels.gathering(pieces)

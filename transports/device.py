@@ -15,7 +15,6 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -185,15 +184,16 @@ class DeviceTransport(Transport):
     def scaled(self, prepared: DevicePlan, call: NativeCall, before: bool, factor: float) -> DevicePlan:
         """A native collective whose input, or else whose output, is scaled."""
         dtype = element_type(call.dtype)
-        scale, make = self.kernels.scale, prepared.make
+        scaling, make = self.kernels.scaling, prepared.make
 
         def scale_before(input: int, output: int) -> list[list[Command]]:
             copy = self.scratch(call.input_count * dtype.itemsize)
-            scaling = partial(scale, dtype.name, copy, input, factor, call.input_count)
-            return [[scaling, *make(copy, output)[0]]]
+            first = scaling(dtype.name, copy, input, factor, call.input_count)
+            return [[first, *make(copy, output)[0]]]
 
         def scale_after(input: int, output: int) -> list[list[Command]]:
-            return [[*make(input, output)[0], partial(scale, dtype.name, output, output, factor, call.output_count)]]
+            last = scaling(dtype.name, output, output, factor, call.output_count)
+            return [[*make(input, output)[0], last]]
 
         return DevicePlan(self, prepared.signature, prepared.text, scale_before if before else scale_after)
 

@@ -16,6 +16,8 @@ real = pytest.mark.skipif(FAKE, reason="needs a real GPU's streams and graphs")
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_collectives(library: str, size: int) -> None:
+    if FAKE and library == "torch" and size != 2:
+        pytest.skip("torch's tensors are on the CPU here: one number of ranks tries the functions")
     pytest.importorskip(library)
     assert abccl.spawn(arrays.collectives, size, args=(library,), timeout=300) == [[]] * size
 
@@ -31,7 +33,7 @@ def test_work_follows_the_current_stream(library: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_torchs_graph_is_replayed(size: int) -> None:
     pytest.importorskip("torch")
-    assert abccl.spawn(arrays.graph, size, args=(1000,), timeout=300) == ["1004 steps, 0 wrong elements"] * size
+    assert abccl.spawn(arrays.graph, size, args=(1000,), timeout=300) == ["1003 steps, 0 wrong elements"] * size
 
 
 def test_arrays_of_host_and_device_in_one_call_are_refused() -> None:
