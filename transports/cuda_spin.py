@@ -24,6 +24,7 @@ from ..algorithms.plan import Instruction, Plan
 from ..errors import ArgumentError
 from .commands import Command
 from .contract import Operation
+from .growing import Growing
 from .types import TYPES
 
 RANKS, SOURCES, REGISTERS, SLOTS = 32, 64, 64, 2
@@ -155,7 +156,8 @@ class Spin:
         self._functions: dict[str, int] = {}
         self._memory: list[int] = []
         self._placed: dict[bytes, int] = {}
-        self._room = self._scratch = (0, 0)  # an address, and the bytes there
+        self._room = (0, 0)  # an address, and the bytes there
+        self._scratch = Growing(driver)
         self._pinned = driver.allocate_pinned(8)
         self._report = ctypes.c_uint64.from_address(self._pinned)
         self._report.value = 0
@@ -192,6 +194,7 @@ class Spin:
         for address in self._memory:
             self.driver.free(address)
         self._memory.clear()
+        self._scratch.free()
         if self._pinned:
             # A copy of the report, which `error` may still be asked for.
             self._report = ctypes.c_uint64(self._report.value)
@@ -221,11 +224,8 @@ class Spin:
         return self._placed[data]
 
     def scratch(self, nbytes: int) -> int:
-        """Device memory for the run under way: runs follow each other, and share it."""
-        address, there = self._scratch
-        if nbytes > there:
-            self._scratch = address, there = self._allocate(max(nbytes, 2 * there)), max(nbytes, 2 * there)
-        return address
+        """Device memory for the run under way."""
+        return self._scratch.take(nbytes)
 
     def _allocate(self, nbytes: int) -> int:
         self._memory.append(int(self.driver.allocate(nbytes)))

@@ -27,6 +27,7 @@ from ..cuda.driver import Driver
 from ..errors import AbcclError, ArgumentError, ClosedError
 from .commands import Command, Kernels, Make, Wire
 from .contract import NativeCall, Operation, Placed, Prepared, Request, Transport
+from .growing import Growing
 from .running import Running
 from .types import element_type
 from .watch import Watch
@@ -94,8 +95,7 @@ class DeviceTransport(Transport):
         with driver.as_current():
             self.own_stream = self.stream = driver.create_stream()
             self.watch = Watch(self)
-        self._memory: list[int] = []
-        self._scratch = (0, 0)
+        self._scratch = Growing(driver)
         self._events: list[int] = []
         self._last: tuple[int, Event, int | None] | None = None  # the last run's stream, its end, and what captured it
         self._closed = False
@@ -149,8 +149,7 @@ class DeviceTransport(Transport):
             self._closed = True
             self.wire.close()
             self.host.close()
-            for address in self._memory:
-                self.driver.free(address)
+            self._scratch.free()
             for event in self._events:
                 self.driver.destroy_event(event)
             self.driver.destroy_stream(self.own_stream)
@@ -198,14 +197,8 @@ class DeviceTransport(Transport):
         return DevicePlan(self, prepared.signature, prepared.text, scale_before if before else scale_after)
 
     def scratch(self, nbytes: int) -> int:
-        """Device memory for the run under way: runs follow each other in the order of the stream, and share it."""
-        address, there = self._scratch
-        if nbytes > there:
-            # What commands were made with stays valid: older blocks are kept, less than this one together.
-            there = max(nbytes, 2 * there)
-            self._scratch = address, there = self.driver.allocate(there), there
-            self._memory.append(address)
-        return address
+        """See `Runner.scratch`."""
+        return self._scratch.take(nbytes)
 
     def event(self) -> Event:
         """An event of the driver's."""

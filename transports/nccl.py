@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import AbcclError, Aborted, PeerLost, TransportError
 from .commands import Command, Incoming, Outgoing, StepWire, offsets
 from .contract import NativeCall
+from .growing import Growing
 from .nccl_collectives import COLLECTIVES, Call, NativeCalls
 from .nccl_meeting import TIMEOUT, meet, within
 from .topology import Exchange
@@ -69,9 +70,8 @@ class NcclWire(StepWire):
         self._state = threading.Lock()  # of the next two
         self._aborting: threading.Thread | None = None
         self._closed = False
-        self._memory: list[int] = []
-        self._registers = (0, 0)
-        self.token = self._allocate(2)
+        self._registers = Growing(driver)
+        self.token = driver.allocate(2)
 
     def compile(self, lane: int) -> NcclWirePlan:
         """See `StepWire.compile`."""
@@ -91,13 +91,8 @@ class NcclWire(StepWire):
         return partial(self._enqueue, tuple(calls))
 
     def registers(self, nbytes: int) -> int:
-        """Device memory for what a run receives: runs follow each other, and share it."""
-        address, there = self._registers
-        if nbytes > there:
-            # What older commands were made with stays valid until the end: less than this together.
-            there = max(nbytes, 2 * there)
-            self._registers = address, there = self._allocate(there), there
-        return address
+        """Device memory for what a run receives."""
+        return self._registers.take(nbytes)
 
     def fail(self) -> None:
         """See `Wire.fail`: abort the communicator."""
@@ -140,8 +135,8 @@ class NcclWire(StepWire):
                 self._aborting.join(GRACE)
         else:
             within(GRACE, self.communicator.destroy)
-        for address in self._memory:
-            self.driver.free(address)
+        self._registers.free()
+        self.driver.free(self.token)
 
     def _enqueue(self, calls: Sequence[Call], stream: int) -> None:
         with self._using:
@@ -167,10 +162,6 @@ class NcclWire(StepWire):
         finally:
             if got:
                 self._using.release()
-
-    def _allocate(self, nbytes: int) -> int:
-        self._memory.append(self.driver.allocate(nbytes))
-        return self._memory[-1]
 
     def _error(self, error: Exception) -> AbcclError:
         says = f"nccl: rank {self.rank} of {self.size}: NCCL says {error}"
