@@ -173,8 +173,9 @@ def current_stream(array: Any) -> int:
     if _is_tensor(array):
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return int(cupy.cuda.get_current_stream().ptr)
+    if isinstance(array, getattr(cupy, "ndarray", ())):  # none while another thread imports it
+        assert cupy is not None
+        return int(cupy.cuda.get_current_stream(array.device.id).ptr)
     stream = array.__cuda_array_interface__.get("stream")
     return 0 if stream in (None, _LEGACY_DEFAULT) else int(stream)
 

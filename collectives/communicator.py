@@ -87,7 +87,7 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         tuner = tuner or built_in_tuner(transport, self.topology, is_reproducible(reproducible))
         self._binder = Binder(transport, tuner)
         self._memory = registered_memory(transport)
-        self._interned = {}
+        self._interned, self._device_messages = {}, {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
         self._splits = itertools.count()
         # Weak, or the dispatcher and the communicator would keep each other alive.
@@ -334,7 +334,7 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         if self._closed or self._generation != _native.fork_generation():
             return
         self._closed = True
-        for on_device in (self._devices, self._device_messages):
+        for on_device in (self._devices, *self._device_messages.values()):
             if on_device is not None:
                 on_device.close()
         self._driver.close(ClosedError("the communicator was closed while this operation was pending"))
@@ -482,6 +482,8 @@ def _alive(reference: weakref.ref[Communicator]) -> Communicator:
 def _forget_plans() -> None:
     for communicator in list(_open):
         communicator._dispatcher.forget()
+        if communicator._devices is not None:
+            communicator._devices.forget()
 
 
 registry.on_redefinition.append(_forget_plans)

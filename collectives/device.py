@@ -10,6 +10,7 @@ Messages (`send`, `recv`) are another matter: see `device_messages.py`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ from .device_reach import reach_devices
 from .driver import Driver
 from .tuner.tuner import AlgorithmLike, Tuner
 from .work import Work
+
+MOST_BOUND = 1024
+"""Plans that are kept; each also keeps commands."""
 
 
 class DeviceCall(NamedTuple):
@@ -71,6 +75,8 @@ class DeviceSide:
         plan = self._bound.get(key)
         if plan is None:
             plan = self._binder.bind(collective, x, out, op, root, algorithm)
+            if len(self._bound) >= MOST_BOUND:
+                self._bound.clear()
             self._bound[key] = plan
         return DeviceCall(plan, address, to)
 
@@ -78,6 +84,10 @@ class DeviceSide:
     def tuner(self) -> Tuner:
         """Who chooses algorithms for arrays on devices."""
         return self._binder.tuner
+
+    def forget(self) -> None:
+        """Plans are made anew: an algorithm has changed."""
+        self._bound.clear()
 
     def set_timeout(self, seconds: float) -> None:
         """How long operations that start from now on may take."""
@@ -103,7 +113,7 @@ class DeviceSide:
         if self._driver is not None:
             self._driver.close(ClosedError("the communicator was closed while this operation was pending"))
         self._transport.close()
-        with self._transport.driver.as_current():
+        with contextlib.suppress(AbcclError), self._transport.driver.as_current():
             self._transport.driver.destroy_stream(self._side)
         self._pending.clear()
 
@@ -127,6 +137,10 @@ class DeviceSide:
         driver.wait_event(stream, event.handle)
 
     def _drive(self, driver: Driver, call: DeviceCall, stream: int, arrays: Any, asynchronous: bool) -> Work | None:
+        if self._transport.driver.capture_id(stream) is not None:
+            raise ArgumentError(
+                f"{call.plan.text}: {self._transport.name} is driven by the host, and can not be in a graph"
+            )
         self._follow(self._side, stream)
 
         def start() -> DeviceExecution:

@@ -27,7 +27,7 @@ class DeviceCalls(ABC):
     tuner: Tuner
     _transport: Transport
     _devices: DeviceSide | None = None
-    _device_messages: DeviceMessages | None = None
+    _device_messages: dict[int, DeviceMessages]
 
     @property
     def devices(self) -> DeviceSide | None:
@@ -48,11 +48,12 @@ class DeviceCalls(ABC):
         return self._devices
 
     def _messages_on_device(self, found: View) -> DeviceMessages:
-        if self._device_messages is None:
-            from .device_messages import DeviceMessages, ordinal_of
+        from .device_messages import DeviceMessages, ordinal_of  # and with it what only devices need
 
-            self._device_messages = DeviceMessages(ordinal_of(found))
-        return self._device_messages
+        ordinal = ordinal_of(found)
+        if ordinal not in self._device_messages:
+            self._device_messages[ordinal] = DeviceMessages(ordinal)
+        return self._device_messages[ordinal]
 
     def _device_call(
         self, collective: Collective, x: Array, out: Array, op: Any, root: int, algorithm: AlgorithmLike

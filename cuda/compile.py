@@ -300,6 +300,11 @@ class Kernels:
         """Add 1 to the 32-bit word there, after all that the stream did before; the sum is visible system-wide."""
         self._driver.launch(self._function("gather.cu", "tick"), 1, 1, (ctypes.c_uint64(address),), stream)
 
+    def load(self) -> None:
+        """Compile and load what every plan wants. The rest is when it is first asked for."""
+        for name in ("gather", "tick"):
+            self._function("gather.cu", name)
+
     def folding(self, dtype: str, op: int, destination: int, sources: Sequence[int], count: int) -> Command:
         """What folds: see `fold`.
 

@@ -23,7 +23,7 @@ WRITE, WAIT = 0, 1
 # wait lasts until the signed difference of the word there and the value is not negative, so that counters may wrap.
 MemoryOperation = tuple[int, int, int]
 
-_BATCH = 256  # memory operations that cuStreamBatchMemOp takes at once
+_BATCH = 255  # memory operations that cuStreamBatchMemOp takes at once: "must be less than 256"
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ def _text(code: Any) -> str:
 
 
 class Driver:
-    """One device in this process, whose primary context is current in the thread that makes it.
+    """One device in this process, by its primary context.
 
-    Another thread calls `make_current()` before anything else. Addresses and handles are int; stream 0 is the legacy
-    default stream. No method waits for the device but `copy_now`, `synchronize...` and what gives memory back.
+    A thread calls `make_current()` before anything else, or does all within `as_current()`. Addresses and handles are
+    int; stream 0 is the legacy default stream. No method waits for the device but `copy_now`, `synchronize...` and what
+    gives memory back.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -145,7 +146,8 @@ class Driver:
         self._not_less = cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         self._fenced = cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
         self._relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        # In CUDA 12 the plain function fails for a capture with edges that carry data.
+        # In CUDA 12 the plain function fails for a capture with edges that carry data; drivers before 12.3 lack the
+        # other, so it is asked only where something is captured.
         self._capture_info = getattr(cu, "cuStreamGetCaptureInfo_v3", cu.cuStreamGetCaptureInfo)
         names = ("MEMORY_TYPE", "IS_MANAGED", "DEVICE_ORDINAL", "RANGE_START_ADDR", "RANGE_SIZE")
         self._asked = [
@@ -153,7 +155,6 @@ class Driver:
             for name in (*names, "IS_LEGACY_CUDA_IPC_CAPABLE")
         ]
         self._context: Any = _call(cu.cuDevicePrimaryCtxRetain, handle)
-        self.make_current()
 
     @staticmethod
     def count() -> int:
@@ -165,6 +166,13 @@ class Driver:
                 return 0
             raise
         return int(_call(cu.cuDeviceGetCount))
+
+    @staticmethod
+    def ordinal_of(address: int) -> int:
+        """The device whose memory this is. It needs no context, so makes none on another device."""
+        cu = _bindings()
+        attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        return int(_call(cu.cuPointerGetAttribute, attribute, address))
 
     def make_current(self) -> None:
         if self._context is None:
@@ -192,7 +200,8 @@ class Driver:
         return int(_call(self._cuda.cuMemAlloc, nbytes))
 
     def free(self, address: int) -> None:
-        _call(self._cuda.cuMemFree, address)
+        with self._unrestricted():
+            _call(self._cuda.cuMemFree, address)
 
     def export(self, address: int) -> tuple[bytes, int]:
         """A handle of 64 bytes that another process opens, and where in its memory the address is."""
@@ -233,7 +242,8 @@ class Driver:
         return int(_call(self._cuda.cuMemHostAlloc, nbytes, self._cuda.CU_MEMHOSTALLOC_PORTABLE))
 
     def free_pinned(self, address: int) -> None:
-        _call(self._cuda.cuMemFreeHost, address)
+        with self._unrestricted():
+            _call(self._cuda.cuMemFreeHost, address)
 
     def pointer(self, address: int) -> Pointer:
         values = _call(self._cuda.cuPointerGetAttributes, len(self._asked), self._asked, address)
@@ -273,6 +283,10 @@ class Driver:
         ready = operations if isinstance(operations, PreparedOperations) else self.prepare_operations(operations)
         for batch in ready.batches:
             _call(self._cuda.cuStreamBatchMemOp, stream, len(batch), batch, 0)
+
+    def write(self, stream: int, address: int, value: int) -> None:
+        """One such write, of a value that is another each time."""
+        _call(self._cuda.cuStreamWriteValue32, stream, address, value, int(self._fenced))
 
     def load(self, image: bytes) -> int:
         """A module from a cubin."""
@@ -342,8 +356,10 @@ class Driver:
 
     def capture_id(self, stream: int) -> int | None:
         """Of the graph that is being captured on the stream, None if none is."""
-        status, capture = _call(self._capture_info, stream)[:2]
-        return int(capture) if status == self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else None
+        active = self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+        if _call(self._cuda.cuStreamIsCapturing, stream) != active:
+            return None
+        return int(_call(self._capture_info, stream)[1])
 
     def begin_capture(self, stream: int) -> None:
         """Other threads are not restricted by it."""
@@ -382,14 +398,20 @@ class Driver:
         fields.flags = int(self._not_less if kind == WAIT else self._fenced)
         return made
 
-    def _ask(self, function: Callable[[int], tuple[Any, ...]], handle: int) -> bool:
-        """Whether the work is done. Asking must not break what another thread captures: CUDA allows it if told so."""
+    @contextlib.contextmanager
+    def _unrestricted(self) -> Iterator[None]:
+        """What is done here must not break what another thread captures: CUDA allows it if told so."""
         exchange = self._cuda.cuThreadExchangeStreamCaptureMode
         before = _call(exchange, self._relaxed)
         try:
-            (code,) = function(handle)
+            yield
         finally:
             _call(exchange, before)
+
+    def _ask(self, function: Callable[[int], tuple[Any, ...]], handle: int) -> bool:
+        """Whether the work is done."""
+        with self._unrestricted():
+            (code,) = function(handle)
         if code == self._cuda.CUresult.CUDA_ERROR_NOT_READY:
             return False
         if code != 0:

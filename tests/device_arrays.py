@@ -73,6 +73,7 @@ def on_devices(
 
     by_thread: dict[int, Any] = {}
     monkeypatch.setattr(device, "driver_of", lambda ordinal: by_thread[threading.get_ident()])
+    monkeypatch.setattr(device, "device_of", FakeDriver.ordinal_of)
     started = threading.Barrier(size)  # or one thread takes two ranks
 
     def run(rank: int) -> Any:

@@ -13,6 +13,7 @@ import ctypes
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from abccl.cuda.driver import WAIT, WRITE, MemoryOperation, Pointer
 HANDLE = struct.Struct("<8sqqqQ24x")  # magic, process, file descriptor, bytes, inode: 64 bytes as CUDA's
 MAGIC = b"fakecuda"
 
+_all: weakref.WeakSet[FakeDriver] = weakref.WeakSet()
 _thread = threading.local()  # .drivers: those that are current in this thread
 
 
@@ -63,6 +65,7 @@ class FakeDriver:
         self._same_process = same_process
         self._process = os.getpid()
         self._context = Context()
+        _all.add(self)
         self._memory = Memory(self._context)
         self._streams = {0: Stream(self._context)}
         self._events: dict[int, Event] = {}
@@ -70,11 +73,18 @@ class FakeDriver:
         self._modules: dict[int, bytes] = {}
         self._functions: dict[int, str] = {}
         self._opened: dict[int, list[Region]] = {}  # by address, as often as it was opened
-        self.make_current()
 
     @staticmethod
     def count() -> int:
         return FakeDriver.devices
+
+    @staticmethod
+    def ordinal_of(address: int) -> int:
+        """Of any driver of this process."""
+        found = [driver.device for driver in list(_all) if driver._memory.find(address) is not None]
+        if not found:
+            refuse("INVALID_VALUE", f"ordinal_of: {address:#x} is no device's memory")
+        return found[0]
 
     def make_current(self) -> None:
         drivers = getattr(_thread, "drivers", ())
@@ -209,6 +219,9 @@ class FakeDriver:
                 return
             if kind == WRITE:
                 word.value = value
+
+    def write(self, stream: int, address: int, value: int) -> None:
+        self.operate(stream, [(WRITE, address, value)])
 
     def load(self, image: bytes) -> int:
         self._enter("load", unsafe=True)

@@ -175,7 +175,7 @@ def test_a_device_and_its_context(stub: Stub) -> None:
     assert (driver.device, driver.name, driver.uuid) == (1, "A GPU", HANDLE[:16])
     assert (driver.architecture, driver.multiprocessors) == ("sm_90", 132)
     names = [call[0] for call in stub.taken("cuDeviceGetAttribute")]
-    assert names[:2] == ["cuInit", "cuDeviceGet"] and names[-2:] == ["cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert names[:2] == ["cuInit", "cuDeviceGet"] and names[-1] == "cuDevicePrimaryCtxRetain"
     driver.make_current()
     driver.close_all()
     driver.close_all()
@@ -187,6 +187,7 @@ def test_a_device_and_its_context(stub: Stub) -> None:
 # Method and arguments, what it asks of CUDA, what it gives.
 CALLS: list[tuple[str, tuple[Any, ...], list[tuple[Any, ...]], Any]] = [
     ("allocate", (64,), [("cuMemAlloc", 64)], 0x7000),
+    ("write", (0x50, 0x7000, 9), [("cuStreamWriteValue32", 0x50, 0x7000, 9, 0)], None),
     ("free", (0x7000,), [("cuMemFree", 0x7000)], None),
     ("export", (0x7010,), [("cuMemGetAddressRange", 0x7010), ("cuIpcGetMemHandle", 0x7000)], (HANDLE, 0x10)),
     ("register_host", (64, 128), [("cuMemHostRegister", 64, 128, 3), ("cuMemHostGetDevicePointer", 64, 0)], 0x9000),
@@ -242,8 +243,25 @@ def test_what_a_method_asks(
 
 
 def test_every_method_is_tested() -> None:
-    elsewhere = {"count", "make_current", "as_current", "close_all", "open", "close", "pointer", "prepare_operations"}
+    elsewhere = {
+        "count",
+        "ordinal_of",
+        "make_current",
+        "as_current",
+        "close_all",
+        "open",
+        "close",
+        "pointer",
+        "prepare_operations",
+    }
     assert set(public(Driver)) - elsewhere - {"launch", "capture_id", "end_capture"} == {call[0] for call in CALLS}
+
+
+def test_the_device_of_an_address_is_asked_without_a_context(stub: Stub) -> None:
+    stub.answers["cuPointerGetAttribute"] = (0, 1)
+    assert Driver.ordinal_of(0x7010) == 1
+    (asked,) = stub.taken("cuInit")[-1:]
+    assert asked[0] == "cuPointerGetAttribute" and asked[1].name.endswith("DEVICE_ORDINAL") and asked[2] == 0x7010
 
 
 def test_as_current_leaves_a_thread_as_it_was(driver: Driver, stub: Stub) -> None:
@@ -297,7 +315,7 @@ def test_long_lists_of_operations_are_cut(driver: Driver, stub: Stub) -> None:
     driver.operate(0x50, ready)
     driver.operate(0x50, ready)
     calls = stub.taken()
-    assert [call[2] for call in calls] == [256, 256, 88] * 2
+    assert [call[2] for call in calls] == [255, 255, 90] * 2
     assert calls[0][3] is calls[3][3], "what is prepared is not built again"
     assert [int(made.writeValue.value) for call in calls[:3] for made in call[3]] == list(range(600))
 
@@ -353,8 +371,10 @@ def test_captures(driver: Driver, stub: Stub) -> None:
     states = nvidia.CUstreamCaptureStatus
     ask = "cuStreamGetCaptureInfo_v3" if hasattr(nvidia, "cuStreamGetCaptureInfo_v3") else "cuStreamGetCaptureInfo"
     rest = (nvidia.cuuint64_t(7), nvidia.CUgraph(0), [], [], 0)
-    stub.answers[ask] = (0, states.CU_STREAM_CAPTURE_STATUS_NONE, *rest)
+    stub.answers["cuStreamIsCapturing"] = (0, states.CU_STREAM_CAPTURE_STATUS_NONE)
     assert driver.capture_id(0x50) is None
+    assert [call[0] for call in stub.taken()] == ["cuStreamIsCapturing"], "older drivers have no more"
+    stub.answers["cuStreamIsCapturing"] = (0, states.CU_STREAM_CAPTURE_STATUS_ACTIVE)
     stub.answers[ask] = (0, states.CU_STREAM_CAPTURE_STATUS_ACTIVE, *rest)
     assert driver.capture_id(0x50) == 7
     stub.taken()

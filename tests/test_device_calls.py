@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from device_arrays import Rank, on_devices
+from fake_cuda import FakeDriver
 
 import abccl
+from abccl.collectives.pinned import PinnedBuffer, PinnedMemory
 from abccl.errors import Aborted, ArgumentError, CollectiveError, DeadlineExceeded, Mismatch, TransportError
 
 SIZES = [1, 2, 3]
@@ -210,6 +215,118 @@ def test_a_message_needs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
         assert me.communicator.devices is None
 
     on_devices(monkeypatch, 3, body)
+
+
+def test_a_capture_leaves_the_order_of_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(me: Rank) -> None:
+        comm, driver = me.communicator, me.driver
+        streams = [driver.create_stream() for _ in range(3)]
+        first, captured, last = (me.array(np.ones(100, "float32"), stream=stream) for stream in streams)
+        for x in (first, captured, last):
+            comm.all_reduce(x)
+        driver.synchronize_device()
+        comm.barrier()
+        for _ in range(20):
+            comm.all_reduce(first, "max")
+            driver.begin_capture(streams[1])
+            comm.all_reduce(captured, "max")
+            driver.destroy_graph(driver.end_capture(streams[1]))
+            comm.all_reduce(last, "max")
+        assert (first.get() == me.size).all() and (last.get() == me.size).all()
+
+    on_devices(monkeypatch, 2, body, timeout=20.0)
+
+
+def test_a_graph_that_a_peer_does_not_launch_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = threading.Event()
+
+    def body(me: Rank) -> None:
+        comm, driver, stream = me.communicator, me.driver, me.driver.create_stream()
+        x = me.array(np.ones(100, "float32"), stream=stream)
+        comm.all_reduce(x)
+        driver.synchronize_device()
+        comm.barrier()
+        driver.begin_capture(stream)
+        comm.all_reduce(x)
+        graph = driver.end_capture(stream)
+        comm.set_timeout(0.2)
+        comm.barrier()
+        if me.rank == 0:
+            driver.launch_graph(graph, stream)
+            comm.close()  # waits, and lets go what would wait for ever
+            driver.synchronize(stream)
+            waited.set()
+        else:
+            assert waited.wait(60)
+
+    with pytest.raises(CollectiveError):  # the barrier at the end
+        on_devices(monkeypatch, 2, body)
+
+
+def test_a_broken_device_is_closed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(me: Rank) -> None:
+        comm = me.communicator
+        x = me.array(np.ones(10, "float32"))
+        comm.all_reduce(x)
+        me.driver.synchronize_device()
+        comm.barrier()
+        if me.rank == 0:
+            freed = me.driver.allocate(64)
+            me.driver.free(freed)
+            with pytest.raises(TransportError):
+                me.driver.fill(freed, 0, 64, 0)  # an error that stays
+            comm.close()
+        else:
+            with pytest.raises(CollectiveError):
+                comm.barrier()
+
+    before = threading.active_count()
+    with pytest.raises(CollectiveError):
+        on_devices(monkeypatch, 2, body)
+    assert not [thread for thread in threading.enumerate() if "watch" in thread.name], before
+
+
+def test_what_one_rank_has_done_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(me: Rank) -> None:
+        x = me.array(np.ones(10, "float32"))
+        made: list[int] = []
+        create = me.driver.create_event
+        me.driver.create_event = lambda timing=False: made.append(create(timing)) or made[-1]
+        for _ in range(100):
+            me.communicator.all_reduce(x)
+        assert len(made) < 10 and not me.communicator.devices._transport.watch._entries
+
+    on_devices(monkeypatch, 1, body)
+
+
+def test_pinned_buffers_of_threads_are_their_own() -> None:
+    driver = FakeDriver(same_process=True)
+    driver.make_current()
+    memory = PinnedMemory(driver)
+    kept = [memory.take(100) for _ in range(4)]
+    free = {buffer.address for buffer in kept}
+    del kept
+
+    asked = threading.Barrier(2)
+    is_done = driver.is_done
+
+    def slow(event: int) -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            asked.wait(0.2)  # where both could be in `take`, if they could
+        return is_done(event)
+
+    def take(_: int) -> PinnedBuffer:
+        driver.make_current()
+        return memory.take(100)
+
+    driver.is_done = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(take, range(2))
+    assert first.address != second.address and {first.address, second.address} <= free
+    driver.is_done = is_done  # type: ignore[method-assign]
+    del first, second
+    memory.close()
+    driver.close_all()
 
 
 def test_a_first_run_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:

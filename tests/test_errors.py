@@ -46,7 +46,7 @@ X = np.ones(6, "float32")
 BAD: list[tuple[Callable[[Communicator], Any], str]] = [
     (lambda c: c.all_reduce(np.ones((4, 4))[:, ::2]), "not contiguous"),
     (lambda c: c.all_reduce(frozen(np.ones(3))), "read-only"),
-    (lambda c: c.all_reduce([1, 2]), "must be a numpy array or torch CPU tensor, and is list"),
+    (lambda c: c.all_reduce([1, 2]), "must be a numpy array, torch tensor or CuPy array, and is list"),
     (lambda c: c.all_reduce(np.ones(3, "U2")), "element type str"),
     (lambda c: c.all_reduce(X.astype(">f4")), "byte order"),
     (lambda c: c.all_reduce(X, "summ"), "no operator is called 'summ'"),

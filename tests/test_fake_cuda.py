@@ -33,6 +33,7 @@ class AddKernels:
 @pytest.fixture
 def driver() -> Iterator[FakeDriver]:
     driver = FakeDriver(kernels=AddKernels())
+    driver.make_current()
     yield driver
     driver.close_all()
 
@@ -168,6 +169,7 @@ import os, sys
 from fake_cuda import FakeDriver
 from abccl.cuda.driver import WAIT, WRITE
 driver = FakeDriver()
+driver.make_current()
 theirs = driver.open(bytes.fromhex(sys.argv[1]), int(sys.argv[2]))
 mine = driver.allocate(64)
 driver.operate(0, [(WAIT, theirs, 1), (WRITE, theirs + 4, 2)])
@@ -206,6 +208,8 @@ def test_memory_between_processes(driver: FakeDriver, words: int) -> None:
 
 def test_a_handle_is_opened_once_and_counted(driver: FakeDriver) -> None:
     owner, peer = FakeDriver(same_process=True), FakeDriver(same_process=True)
+    owner.make_current()
+    peer.make_current()
     address = owner.allocate(64)
     handle, _ = owner.export(address)
     driver.make_current()
@@ -467,7 +471,9 @@ def test_a_thread_makes_the_driver_current_first(driver: FakeDriver, words: int)
             driver.synchronize(0)
         driver.make_current()
         driver.synchronize(0)
-        FakeDriver(1).close_all()
+        other = FakeDriver(1)
+        other.make_current()
+        other.close_all()
         with pytest.raises(TransportError, match="INVALID_CONTEXT"):
             driver.synchronize(0)
         seen.append("done")

@@ -44,6 +44,7 @@ PADDING = 64 << 10
 
 WORKSPACE_BYTES, LARGEST_SLOT, SMALLEST_SLOT = 128 << 20, 8 << 20, 256 << 10
 
+_BLOCK = 2 << 20
 _LINE = 64
 _FULL, _READ, _CLOSED = 0, SLOTS, 2 * SLOTS
 """Which words of a line: the slots that are full, those that have been read; and whether the one who writes has closed
@@ -174,12 +175,17 @@ class _IpcPlan:
 
     def step(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> tuple[list[Command], list[int]]:
         """See `WirePlan.step`."""
+        commands: list[Command] = []
         before, copies, after = self._said(), [], []
         for peers, pieces in sends:
             starts = self._offsets([size for _, size in pieces])
             for peer in peers:
                 slot = self.sent[peer] % SLOTS
                 if self.sent[peer] >= SLOTS:
+                    if after:
+                        # Replay lets the peers have the sends of a step before this one finds room: so does this.
+                        commands += self._moving(before, copies, after)
+                        before, copies, after = [], [], []
                     before += self._wait(peer, _READ + slot)
                 self.sent[peer] += 1
                 to = self.wire.slot(self.rank, peer, slot)
@@ -193,13 +199,18 @@ class _IpcPlan:
             after += self._wait(peer, _FULL + slot)
             arrived.append(self.wire.slot(peer, self.rank, slot))
             self.read.append((peer, slot))
+        return [*commands, *self._moving(before, copies, after)], arrived
+
+    def _moving(
+        self, before: list[MemoryOperation], copies: list[tuple[int, int, int]], after: list[MemoryOperation]
+    ) -> list[Command]:
         if not copies:
-            return self._operating([*before, *after]), arrived
+            return self._operating([*before, *after])
         copy = copying(self.wire.driver, self.wire.kernels, copies)
         # Waits for nothing: what has been read may as well be said behind the copies, together with what is full.
         if all(kind == WRITE for kind, _, _ in before):
-            return [copy, *self._operating([*before, *after])], arrived
-        return [*self._operating(before), copy, *self._operating(after)], arrived
+            return [copy, *self._operating([*before, *after])]
+        return [*self._operating(before), copy, *self._operating(after)]
 
     def release(self) -> list[Command]:
         """See `WirePlan.release`."""
@@ -270,12 +281,15 @@ class CudaIpcTransport(DeviceTransport):
         nbytes = size * SLOTS * (slot_bytes(size) + PADDING)
         if sync == "spin":
             nbytes = workspace_bytes(size, SPIN_LANES, SPIN_SLOT)
-        meeting = Meeting(host.rank, size, driver, exchange, nbytes, sync)
-        try:
-            wire = SpinWire(meeting, timeout) if sync == "spin" else IpcWire(meeting, kernels)
-        except BaseException:
-            meeting.close()
-            raise
+        # A handle shares the whole block that the memory lies in, which may be of this size.
+        nbytes = -(-nbytes // _BLOCK) * _BLOCK
+        with driver.as_current():
+            meeting = Meeting(host.rank, size, driver, exchange, nbytes, sync)
+            try:
+                wire = SpinWire(meeting, timeout) if sync == "spin" else IpcWire(meeting, kernels)
+            except BaseException:
+                meeting.close()
+                raise
         super().__init__(host, driver, kernels, wire, timeout)
 
 
@@ -283,15 +297,20 @@ class Meeting:
     """Maps the ranks' workspaces, and the words: one object to close."""
 
     def __init__(self, rank: int, size: int, driver: Any, exchange: Exchange, nbytes: int, sync: str) -> None:
-        self.rank, self.size, self.driver, self.exchange = rank, size, driver, exchange
+        self.rank, self.size, self.driver = rank, size, driver
         self.nbytes, self.sync = nbytes, sync
         self.opened: list[int] = []
         self.workspaces: list[int] = []
         self.own = self.base = 0
         self.region: Any = None
         try:
-            refusals = self._meet()
+            refusals = self._meet(exchange)
             if refusals:
+                self._close_mappings()
+                exchange(b"")  # memory is freed after all have closed their mappings of it
+                if self.own:
+                    self.driver.free(self.own)
+                    self.own = 0
                 raise TransportError(
                     f"cuda_ipc serves ranks of one host whose GPUs can map each other's memory, and of {size} ranks "
                     f"not all can: {'; '.join(refusals[:3])}. Leave it out, and NCCL or host memory carries messages"
@@ -300,7 +319,7 @@ class Meeting:
             self.close()
             raise
 
-    def _meet(self) -> list[str]:
+    def _meet(self, exchange: Exchange) -> list[str]:
         nbytes, name = Words.nbytes(self.size), f"/abccl-{secrets.token_hex(8)}"
         card: dict[str, Any] = {"host": host_identity(), "pid": os.getpid(), "refusal": ""}
         try:
@@ -315,13 +334,13 @@ class Meeting:
                 card["words"] = name
         except AbcclError as error:
             card["refusal"] = f"rank {self.rank}: {error}"
-        cards = [json.loads(blob) for blob in self.exchange(json.dumps(card).encode())]
+        cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         refusal = next((theirs["refusal"] for theirs in cards if theirs["refusal"]), "")
         if not refusal and self.sync == "spin":
             refusal = _shared_device([theirs["uuid"] for theirs in cards])
         if not refusal:
             refusal = self._map(cards, nbytes)
-        said = [blob.decode() for blob in self.exchange(refusal.encode())]
+        said = [blob.decode() for blob in exchange(refusal.encode())]
         if self.rank == 0 and self.region is not None:
             self.region.unlink_name()
         return list(dict.fromkeys(filter(None, said)))
@@ -352,16 +371,21 @@ class Meeting:
 
     def close(self) -> None:
         """Unmap all, and give the own workspace back. Memory that peers have mapped stays until they close it."""
-        for address in self.opened:
-            self.driver.close(address)
+        self._close_mappings()
         if self.base:
             self.driver.unregister_host(self.region.address)
-            self.words.close_mappings()
-            _kept.append((self.driver, self.own, self.words))
+            if self.own:
+                self.words.close_mappings()
+                _kept.append((self.driver, self.own, self.words))
         elif self.own:
             self.driver.free(self.own)
-        self.opened, self.own, self.base = [], 0, 0
+        self.own, self.base = 0, 0
         _free_what_nobody_maps()
+
+    def _close_mappings(self) -> None:
+        for address in self.opened:
+            self.driver.close(address)
+        self.opened = []
 
 
 def _shared_device(uuids: Sequence[str]) -> str:

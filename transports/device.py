@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..algorithms import Collective
 from ..algorithms.plan import Plan
 from ..cuda import compile as compiler
 from ..cuda.driver import Driver
-from ..errors import AbcclError, ArgumentError, ClosedError
+from ..errors import AbcclError, ArgumentError, ClosedError, TransportError
 from .commands import Command, Kernels, Make, Wire
 from .contract import NativeCall, Operation, Placed, Prepared, Request, Transport
 from .growing import Growing
@@ -32,12 +33,20 @@ from .running import Running
 from .types import element_type
 from .watch import Watch
 
+_PER_THREAD = 2  # CUDA's handle for a stream that is another one in each thread
+
 KEPT = 16
 """Pairs of buffers for which a plan keeps its commands."""
 
 
-driver_of: Callable[[int], Any] = Driver
-"""Makes the driver of a device, by its number."""
+driver_of: Callable[[int], Any] = cache(Driver)
+"""The driver of a device, by its number."""
+
+device_of: Callable[[int], int] = Driver.ordinal_of
+"""The number of the device whose memory an address is."""
+
+LEAST = 80
+"""The kernels have instructions of sm_80."""
 
 
 def open_device(ordinal: int) -> tuple[Any, Kernels]:
@@ -47,16 +56,15 @@ def open_device(ordinal: int) -> tuple[Any, Kernels]:
         TransportError: there is none, or something is not installed; the message names it.
     """
     driver = driver_of(ordinal)
-    return driver, compiler.Kernels(driver)
-
-
-def device_of(address: int) -> int:
-    """The number of the device whose memory this is.
-
-    Raises:
-        TransportError: as `open_device`.
-    """
-    return int(driver_of(0).pointer(address).device)
+    if int(driver.architecture.removeprefix("sm_")) < LEAST:
+        raise TransportError(
+            f"{driver.name} is {driver.architecture}, and abccl's kernels want sm_{LEAST} or later: "
+            "pass arrays in host memory"
+        )
+    kernels = compiler.Kernels(driver)
+    with driver.as_current():
+        kernels.load()  # or why it can not be, before ranks rely on it
+    return driver, kernels
 
 
 class DeviceTransport(Transport):
@@ -93,11 +101,16 @@ class DeviceTransport(Transport):
         self.lock = lock or threading.RLock()
         self.on_failure: Callable[[AbcclError], None] = lambda error: None
         with driver.as_current():
-            self.own_stream = self.stream = driver.create_stream()
-            self.watch = Watch(self)
+            try:
+                self.own_stream = self.stream = driver.create_stream()
+                self.watch = Watch(self)
+            except BaseException:
+                wire.close()
+                raise
         self._scratch = Growing(driver)
         self._events: list[int] = []
-        self._last: tuple[int, Event, int | None] | None = None  # the last run's stream, its end, and what captured it
+        # Of the last run, and of the last in each capture: its stream, and its end.
+        self._last: dict[int | None, tuple[int, Event]] = {}
         self._closed = False
 
     # ---- the host's part
@@ -144,15 +157,21 @@ class DeviceTransport(Transport):
         """See `Transport.close`. Waits until the device has done, or let go of, what is under way here."""
         if self._closed:
             return
-        with self.driver.as_current():
-            self.watch.stop()
-            self._closed = True
-            self.wire.close()
-            self.host.close()
-            self._scratch.free()
-            for event in self._events:
-                self.driver.destroy_event(event)
-            self.driver.destroy_stream(self.own_stream)
+        self._closed = True
+        with contextlib.ExitStack() as ends:
+            # Each whatever the others raise: of a device that has failed nothing can be given back, peers must be told.
+            ends.callback(self.host.close)
+            ends.enter_context(contextlib.suppress(AbcclError))
+            drained = self.watch.stop()
+            ends.enter_context(self.driver.as_current())
+            if drained:
+                ends.callback(self.driver.destroy_stream, self.own_stream)
+                for event in self._events:
+                    ends.callback(self.driver.destroy_event, event)
+                ends.callback(self.watch.free)
+                ends.callback(self._scratch.free)
+                ends.callback(self.wire.close)
+                self.driver.synchronize(self.own_stream)
 
     def place(self, image: npt.NDArray[np.uint8]) -> Placed:
         """See `Transport.place`: in device memory."""
@@ -206,19 +225,22 @@ class DeviceTransport(Transport):
 
     def enter(self, stream: int) -> int | None:
         """Before a run is enqueued: behind the run before it, wherever that was. What captures the stream, if any."""
-        capture = self.driver.capture_id(stream)
-        if self._last is not None:
-            last_stream, end, captured_by = self._last
-            # An event of another capture, or of none, can not be waited for in this one: who captures orders that.
-            if last_stream != stream and captured_by == capture:
+        found = self.driver.capture_id(stream)
+        capture = int(found) if found is not None else None
+        if capture is not None and capture not in self._last:
+            self._last = {None: self._last[None]} if None in self._last else {}  # older captures have ended
+        # An event of another capture, or of none, can not be waited for in this one: who captures orders that.
+        if capture in self._last:
+            last, end = self._last[capture]
+            if last != stream or stream == _PER_THREAD:
                 self.driver.wait_event(stream, end.handle)
-        return int(capture) if capture is not None else None
+        return capture
 
     def leave(self, stream: int, capture: int | None) -> Event:
         """A run is enqueued: the event of its end."""
         end = self.event()
         self.driver.record(end.handle, stream)
-        self._last = (stream, end, capture)
+        self._last[capture] = (stream, end)
         return end
 
     def _check_open(self) -> None:
@@ -294,7 +316,7 @@ class DeviceExecution(Running):
             raise ArgumentError(f"{prepared.text}: {transport.name} is driven by the host, and can not be in a graph")
         self.number = transport.runs
         transport.runs = (self.number + 1) & 0xFFFFFFFF
-        self.entry = transport.watch.begin(self)
+        transport.watch.begin(self)
         self.lanes = [self._run(commands) for commands in lanes]
         try:
             if self.capture is not None:
@@ -306,15 +328,14 @@ class DeviceExecution(Running):
 
     def finished(self) -> bool:
         """Whether all is enqueued, and the device has done it. Raises nothing of the transport's."""
-        if self.end is None:
-            return False
-        with self.transport.driver.as_current():
-            return self.capture is not None or bool(self.transport.driver.is_done(self.end.handle))
+        return self.end is not None and (self.capture is not None or self.transport.watch.is_done(self.number))
 
     def _advance(self) -> bool:
         with self.transport.driver.as_current():
+            # The host last: what was let go by an abort has also ended, and must not pass for done.
+            done = self._enqueue() and self.finished()
             self.transport.progress()
-            return self._enqueue() and self.finished() and self.transport.watch.has_compared(self.number)
+            return done and self.transport.watch.has_compared(self.number)
 
     def _enqueue(self) -> bool:
         if self.lanes:
@@ -324,9 +345,12 @@ class DeviceExecution(Running):
         return not self.lanes
 
     def _leave(self) -> None:
+        transport = self.transport
         if self.capture is not None:
-            self.transport.kernels.tick(self.transport.watch.ended, self.stream)
-        self.end = self.entry.end = self.transport.leave(self.stream, self.capture)
+            transport.kernels.tick(transport.watch.ended, self.stream)
+        else:
+            transport.driver.write(self.stream, transport.watch.done, (self.number + 1) & 0xFFFFFFFF)
+        self.end = transport.leave(self.stream, self.capture)
 
     def _fail(self, error: BaseException) -> None:
         if self.lanes:

@@ -133,10 +133,12 @@ class NcclWire(StepWire):
         if self._aborting is not None:
             with contextlib.suppress(RuntimeError):  # it could not be started
                 self._aborting.join(GRACE)
+            ended = not self._aborting.is_alive()
         else:
-            within(GRACE, self.communicator.destroy)
-        self._registers.free()
-        self.driver.free(self.token)
+            ended = within(GRACE, self.communicator.destroy)
+        if ended:
+            self._registers.free()
+            self.driver.free(self.token)
 
     def _enqueue(self, calls: Sequence[Call], stream: int) -> None:
         with self._using:
@@ -165,7 +167,7 @@ class NcclWire(StepWire):
 
     def _error(self, error: Exception) -> AbcclError:
         says = f"nccl: rank {self.rank} of {self.size}: NCCL says {error}"
-        if getattr(error, "status", None) == _REMOTE_ERROR:
+        if getattr(error, "status", (*error.args, None)[0]) == _REMOTE_ERROR:
             return PeerLost(
                 f"{says}: a peer has ended, or the network to it has: look at the output of the other ranks"
             )

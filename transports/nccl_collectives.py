@@ -82,7 +82,10 @@ class NativeCalls:
             case Collective.REDUCE_SCATTER if call.counts is not None:
                 parts = self._parts(input, call.counts)
                 return self._grouped(
-                    *(partial(comm.reduce, p, output, n, self.type, self.op, r) for r, (p, n) in parts.items())
+                    *(
+                        partial(comm.reduce, p, output if r == rank else 0, n, self.type, self.op, r)
+                        for r, (p, n) in parts.items()
+                    )
                 )
             case Collective.REDUCE_SCATTER:
                 return self._grouped(partial(comm.reduceScatter, input, output, result, self.type, self.op))

@@ -87,8 +87,8 @@ class _Memory:
 
 
 def _free(driver: Any, free: Callable[[int], None], address: int, event: int) -> None:
-    with contextlib.suppress(TransportError):  # with a context that is gone goes all that it had
-        driver.make_current()  # the collector calls this in any thread
+    # The collector calls this in any thread; with a context that is gone goes all that it had.
+    with contextlib.suppress(TransportError), driver.as_current():
         driver.destroy_event(event)
         free(address)
 

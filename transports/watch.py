@@ -5,6 +5,9 @@ something else, that a run takes too long, and then let go what waits on the dev
 host transport, what they have called; each compares it with its own calls. That costs the calls themselves a line in a
 list: the watch sends what has gathered, and it looks only while something is under way.
 
+The thread calls the driver for nothing: a call that frees memory, or finds a queue full, waits for the device, others
+wait for that call, and the device may wait for a rank that is dead. What has ended the device writes in host memory.
+
 Not promised: that what a run left behind is not read before the watch has seen that the ranks called different things.
 """
 
@@ -21,7 +24,7 @@ from ..errors import AbcclError, Aborted, ClosedError, DeadlineExceeded, Mismatc
 from .contract import USER_TAGS, Request
 
 if TYPE_CHECKING:
-    from .device import DeviceExecution, DeviceTransport, Event
+    from .device import DeviceExecution, DeviceTransport
 
 TAG = USER_TAGS - 1
 """Of what ranks tell each other."""
@@ -36,6 +39,7 @@ GRACE = 10.0
 """Seconds that the end of a transport waits for what is under way."""
 
 _LENGTH = 8
+_MASK = 0xFFFFFFFF
 
 
 class _Called(NamedTuple):
@@ -53,7 +57,6 @@ class Entry:
         self.text, self.number = execution.prepared.text, execution.number
         self.deadline = time.monotonic() + timeout
         self.late = execution._late
-        self.end: Event | None = None
 
 
 class Watch:
@@ -62,6 +65,7 @@ class Watch:
     Attributes:
         error: what the transport has failed with.
         begun, ended: where the device counts the runs in graphs.
+        done: where it writes which run has ended, the first being 1.
     """
 
     def __init__(self, transport: DeviceTransport) -> None:
@@ -84,33 +88,30 @@ class Watch:
         self._bye = False
         self._sending: list[tuple[Request, bytes]] = []
         self._receiving: tuple[Request, bytearray, bool] | None = None
-        # Runs in graphs are counted by the device. Both words once now: a kernel can not be loaded during a capture.
-        self.begun = transport.driver.allocate_pinned(8)
-        self.ended = self.begun + 4
-        ctypes.memset(self.begun, 0, 8)
-        for word in (self.begun, self.ended):
-            transport.kernels.tick(word, transport.stream)
+        self._words = transport.driver.allocate_pinned(12)
+        self.begun, self.ended, self.done = (self._words + 4 * word for word in range(3))
+        ctypes.memset(self._words, 0, 12)
         self._in_graphs = False
         self._counted, self._since = (0, 0), 0.0
 
     # ---- for the transport
 
-    def begin(self, execution: DeviceExecution) -> Entry:
+    def begin(self, execution: DeviceExecution) -> None:
         """A run begins."""
         called = _Called(execution.number, execution.prepared.signature, execution.prepared.text)
         entry = Entry(execution, self._transport.timeout)
         with self._state:
-            if self._transport.size > 1:
-                self._outbox.append(called)
+            self._in_graphs = self._in_graphs or execution.capture is not None
+            if self._transport.size == 1:
+                return  # who waits for nobody needs nobody to look after it
+            self._outbox.append(called)
             if execution.capture is None:
                 self._entries.append(entry)
-            self._in_graphs = self._in_graphs or execution.capture is not None
-            if self._thread is None and self._transport.size > 1:
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name=f"abccl watch of {self._transport.name}")
                 self._thread.daemon = True
                 self._thread.start()
         self._news.set()
-        return entry
 
     def fail(self, error: BaseException) -> None:
         """The transport has failed; the first error stays. From any thread."""
@@ -142,8 +143,12 @@ class Watch:
             )
         return False
 
-    def stop(self) -> None:
-        """What is under way is waited for, for a moment, or let go; then the thread ends."""
+    def is_done(self, number: int) -> bool:
+        """Whether the device has ended this run, and so all before it. No call of the driver."""
+        return 0 < (self._word(2) - number) & _MASK <= _MASK >> 1
+
+    def stop(self) -> bool:
+        """What is under way is waited for, for a moment, or let go; then the thread ends. Whether nothing is left."""
         deadline = time.monotonic() + GRACE
         while self._under_way() and (self.error is None or time.monotonic() < deadline + GRACE):
             if time.monotonic() > deadline and self.error is None:
@@ -151,17 +156,20 @@ class Watch:
                 self._transport.host.abort(error)
                 self.fail(error)
             time.sleep(LETTING_GO)
+        drained = not self._under_way()
         self._ending = True
         self._news.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2 * GRACE)
-        self._transport.driver.synchronize(self._transport.own_stream)
-        self._transport.driver.free_pinned(self.begun)
+        return drained
+
+    def free(self) -> None:
+        """Give the words back; the device writes them no more."""
+        self._transport.driver.free_pinned(self._words)
 
     # ---- the thread
 
     def _look(self) -> None:
-        self._transport.driver.make_current()
         try:
             while not self._ending and self.error is None:
                 self._news.wait(self._pause())
@@ -183,7 +191,7 @@ class Watch:
         transport.wire.check()
         now = time.monotonic()
         for entry in self._entries:
-            if now > entry.deadline and not _is_done(transport, entry):
+            if now > entry.deadline and not self.is_done(entry.number):
                 raise DeadlineExceeded(entry.late())
         if self._in_graphs:
             counted = self._counts()
@@ -206,23 +214,20 @@ class Watch:
     def _under_way(self) -> bool:
         """Whether runs are; forgets those that have ended."""
         with self._state:
-            entries = list(self._entries)
             if self.error is not None:
                 self._outbox.clear()
-        done = [entry for entry in entries if _is_done(self._transport, entry)]
-        with self._state:
-            self._entries = [entry for entry in self._entries if entry not in done]
-            return bool(self._entries) or bool(self._outbox)
+            self._entries = [entry for entry in self._entries if not self.is_done(entry.number)]
+            in_graphs = self._in_graphs and len(set(self._counts())) > 1
+            return bool(self._entries) or bool(self._outbox) or in_graphs
 
     def _counts(self) -> tuple[int, int]:
-        begun, ended = (ctypes.c_uint32 * 2).from_address(self.begun)
-        return int(begun), int(ended)
+        return self._word(0), self._word(1)
+
+    def _word(self, index: int) -> int:
+        return ctypes.c_uint32.from_address(self._words + 4 * index).value
 
     def _let_go(self) -> None:
-        """Let what waits on the device go on, whatever it is, until the transport ends.
-
-        No call of the driver here: one that frees memory waits for the device, and others may wait for that one.
-        """
+        """Let what waits on the device go on, whatever it is, until the transport ends."""
         begin = time.monotonic()
         while not self._ending:
             self._transport.wire.fail()
@@ -301,7 +306,3 @@ class Watch:
                 transport.host.progress()
                 self._sending = [(request, data) for request, data in self._sending if not request.done]
             time.sleep(0)
-
-
-def _is_done(transport: DeviceTransport, entry: Entry) -> bool:
-    return entry.end is not None and bool(transport.driver.is_done(entry.end.handle))

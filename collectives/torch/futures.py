@@ -175,7 +175,9 @@ class StreamWork(GroupWork):
 
         With a timeout the host waits, too, until the device is done, as NCCL's does.
         """
-        return super().wait(timeout)
+        if timeout != _NO_TIMEOUT:
+            super().wait(timeout)
+        return super().wait()
 
     def is_completed(self) -> bool:
         """Whether the device is done, well or not. Never waits."""

@@ -40,10 +40,14 @@ def make_driver(device: int = 0) -> Any:
     if FAKE:
         from fake_cuda import FakeDriver
 
-        return FakeDriver(device)
+        driver: Any = FakeDriver(device)
+        driver.make_current()
+        return driver
     from abccl.cuda.driver import Driver
 
-    return Driver(device)
+    driver = Driver(device)
+    driver.make_current()
+    return driver
 
 
 def make_kernels(driver: Any) -> Any:

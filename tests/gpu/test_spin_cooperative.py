@@ -36,6 +36,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         from spin_on_cpu import library
 
         made: Any = FakeDriver(kernels=library(tmp_path_factory.mktemp("kernels")))
+        made.make_current()
     else:
         made = make_driver()
     yield made
