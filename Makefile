@@ -158,7 +158,7 @@ format: $(INSTALLED) ## put all files into the format that check wants
 
 MYPY_TARGETS = -m abccl $(foreach room,algorithms bench collectives cuda tools transports,\
 	$(if $(wildcard $(room)/*.py),-p abccl.$(room)))
-CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.?pp)
+CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.?pp tests/cuda/*.?pp cuda/*.cu cuda/*.cuh)
 
 # ---- the native core by itself, as it is or under a sanitizer
 

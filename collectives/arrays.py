@@ -173,8 +173,8 @@ def current_stream(array: Any) -> int:
     if _is_tensor(array):
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     cupy = sys.modules.get("cupy")
-    if isinstance(array, getattr(cupy, "ndarray", ())):  # none while another thread imports it
-        assert cupy is not None
+    # While another thread imports it, it has no arrays yet.
+    if cupy is not None and hasattr(cupy, "ndarray") and isinstance(array, cupy.ndarray):
         return int(cupy.cuda.get_current_stream(array.device.id).ptr)
     stream = array.__cuda_array_interface__.get("stream")
     return 0 if stream in (None, _LEGACY_DEFAULT) else int(stream)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ..algorithms import Collective
 from ..errors import AbcclError, ArgumentError, ClosedError
 from ..transports import Transport
+from ..transports.cuda_ipc import CudaIpcTransport
 from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport
 from .arrays import CPU, Array, View, current_stream, view
 from .binding import Binder
@@ -25,7 +26,9 @@ from .bootstrap import Bootstrap
 from .device_messages import ordinal_of
 from .device_reach import reach_devices
 from .driver import Driver
+from .tuner.explanation import Explanation
 from .tuner.tuner import AlgorithmLike, Tuner
+from .tuning import explained
 from .work import Work
 
 MOST_BOUND = 1024
@@ -85,6 +88,12 @@ class DeviceSide:
         """Who chooses algorithms for arrays on devices."""
         return self._binder.tuner
 
+    def explain(
+        self, collective: Collective | str, nbytes: int | str, *, algorithm: AlgorithmLike = None
+    ) -> Explanation:
+        """See `Communicator.explain`: of arrays on devices."""
+        return explained(self.tuner, collective, nbytes, algorithm)
+
     def forget(self) -> None:
         """Plans are made anew: an algorithm has changed."""
         self._bound.clear()
@@ -122,8 +131,9 @@ class DeviceSide:
         self._transport.abort(error)
 
     def __str__(self) -> str:
+        sync = f" ({self._transport.sync})" if isinstance(self._transport, CudaIpcTransport) else ""
         refused = "".join(f"; not {reason}" for reason in self._refused)
-        return f"{self._transport.driver.name} (cuda:{self.ordinal}) over {self._transport.name}{refused}"
+        return f"{self._transport.driver.name} (cuda:{self.ordinal}) over {self._transport.name}{sync}{refused}"
 
     def _start(self, call: DeviceCall, stream: int) -> DeviceExecution:
         self._transport.stream = stream

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,10 @@ def reach_devices(meeting: Bootstrap, host_transport: str, ordinal: int, tuner: 
     except BaseException:
         host.close()
         raise
+    if name == "staged" and refused and meeting.rank == 0 and meeting.size > 1:
+        warnings.warn(
+            f"abccl: arrays on CUDA devices go through host memory: {'; '.join(refused)}", RuntimeWarning, stacklevel=2
+        )
     place = Place(
         topology.groups,
         max(map(len, topology.groups)),

@@ -6,7 +6,6 @@ import numpy as np
 
 from ..algorithms.plan import Scaling
 from ..transports import Execution, NativeCall, Prepared, Transport
-from ..transports.device import DevicePlan, DeviceTransport
 from ..transports.portable import kernels
 from ..transports.types import NUMBERS, numpy_dtype
 
@@ -21,7 +20,7 @@ def prepare_native(transport: Transport, call: NativeCall, scaling: Scaling, fac
     prepared = transport.prepare_native(call)
     if scaling is Scaling.NONE:
         return prepared
-    if isinstance(transport, DeviceTransport) and isinstance(prepared, DevicePlan):
+    if transport.device != "cpu":
         return transport.scaled(prepared, call, scaling is Scaling.BEFORE, factor)
     return _Scaled(prepared, call, scaling, factor)
 

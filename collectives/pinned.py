@@ -24,7 +24,7 @@ class PinnedMemory:
         """A buffer of so many bytes at least; it comes back when the last reference to it goes."""
         size = max(_LEAST, 1 << max(0, nbytes - 1).bit_length())
         with self._lock:
-            free, busy = self._free.pop(size, []), []
+            free, busy = self._free.pop(size, []), list[tuple[int, int]]()
             while free:
                 address, event = free.pop()
                 if self._driver.is_done(event):

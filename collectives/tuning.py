@@ -68,8 +68,15 @@ class TunerCalls:
         Raises:
             ArgumentError: there is no such collective, or it is no size.
         """
-        what = collective if isinstance(collective, Collective) else to_collective(f"{collective}")
-        return self.tuner.explain(what, to_size(nbytes), algorithm)
+        return explained(self.tuner, collective, nbytes, algorithm)
+
+
+def explained(
+    tuner: Tuner, collective: Collective | str, nbytes: int | str, algorithm: AlgorithmLike = None
+) -> Explanation:
+    """What a tuner says of a call: see `TunerCalls.explain`."""
+    what = collective if isinstance(collective, Collective) else to_collective(f"{collective}")
+    return tuner.explain(what, to_size(nbytes), algorithm)
 
 
 def to_size(nbytes: int | str) -> int:

@@ -175,6 +175,7 @@ class Driver:
         return int(_call(cu.cuPointerGetAttribute, attribute, address))
 
     def make_current(self) -> None:
+        """Have this device current in this thread from now on."""
         if self._context is None:
             raise TransportError(f"device {self.device} was asked for after close_all(): make another Driver")
         _call(self._cuda.cuCtxSetCurrent, self._context)
@@ -200,6 +201,7 @@ class Driver:
         return int(_call(self._cuda.cuMemAlloc, nbytes))
 
     def free(self, address: int) -> None:
+        """Give back what `allocate` gave. Waits until the device has nothing to do."""
         with self._unrestricted():
             _call(self._cuda.cuMemFree, address)
 
@@ -235,6 +237,7 @@ class Driver:
         return int(_call(self._cuda.cuMemHostGetDevicePointer, address, 0))
 
     def unregister_host(self, address: int) -> None:
+        """Take back what `register_host` did; the host's address."""
         _call(self._cuda.cuMemHostUnregister, address)
 
     def allocate_pinned(self, nbytes: int) -> int:
@@ -242,10 +245,12 @@ class Driver:
         return int(_call(self._cuda.cuMemHostAlloc, nbytes, self._cuda.CU_MEMHOSTALLOC_PORTABLE))
 
     def free_pinned(self, address: int) -> None:
+        """Give back what `allocate_pinned` gave."""
         with self._unrestricted():
             _call(self._cuda.cuMemFreeHost, address)
 
     def pointer(self, address: int) -> Pointer:
+        """What is known of an address, of whatever memory."""
         values = _call(self._cuda.cuPointerGetAttributes, len(self._asked), self._asked, address)
         kind, managed, device, base, nbytes, exportable = map(int, values)
         if kind == 0:
@@ -260,6 +265,7 @@ class Driver:
     # What streams do
 
     def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
+        """Enqueue a copy between any two memories; of nothing, nothing."""
         if nbytes:
             _call(self._cuda.cuMemcpyAsync, destination, source, nbytes, stream)
 
@@ -270,6 +276,7 @@ class Driver:
             self.synchronize(0)  # cuMemcpy does not wait for a copy within the device
 
     def fill(self, address: int, value: int, nbytes: int, stream: int) -> None:
+        """Enqueue to set every byte."""
         if nbytes:
             _call(self._cuda.cuMemsetD8Async, address, value, nbytes, stream)
 
@@ -293,6 +300,7 @@ class Driver:
         return int(_call(self._cuda.cuModuleLoadData, image))
 
     def function(self, module: int, name: str) -> int:
+        """A kernel of a module."""
         return int(_call(self._cuda.cuModuleGetFunction, module, name.encode()))
 
     def launch(
@@ -323,29 +331,37 @@ class Driver:
         _call(self._cuda.cuStreamDestroy, stream)
 
     def synchronize(self, stream: int) -> None:
+        """Wait until the stream has done all that it was given."""
         self._ask(self._cuda.cuStreamSynchronize, stream)
 
     def synchronize_device(self) -> None:
+        """Wait until all streams of this process have."""
         _call(self._cuda.cuCtxSynchronize)
 
     def create_event(self, timing: bool = False) -> int:
+        """An event; one that `elapsed` is to be asked of with `timing`."""
         flags = self._cuda.CUevent_flags
         flag = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
         return int(_call(self._cuda.cuEventCreate, int(flag)))
 
     def destroy_event(self, event: int) -> None:
+        """What was recorded or waits goes on."""
         _call(self._cuda.cuEventDestroy, event)
 
     def record(self, event: int, stream: int) -> None:
+        """Put the event behind what the stream was given so far."""
         _call(self._cuda.cuEventRecord, event, stream)
 
     def wait_event(self, stream: int, event: int) -> None:
+        """Have the stream wait for where the event is now; for one never recorded, for nothing."""
         _call(self._cuda.cuStreamWaitEvent, stream, event, 0)
 
     def is_done(self, event: int) -> bool:
+        """Whether the device has come to the event. Never waits."""
         return self._ask(self._cuda.cuEventQuery, event)
 
     def synchronize_event(self, event: int) -> None:
+        """Wait until it has."""
         self._ask(self._cuda.cuEventSynchronize, event)
 
     def elapsed(self, start: int, end: int) -> float:
@@ -375,9 +391,11 @@ class Driver:
             _call(self._cuda.cuGraphDestroy, graph)
 
     def launch_graph(self, graph: int, stream: int) -> None:
+        """Enqueue a graph."""
         _call(self._cuda.cuGraphLaunch, graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
+        """It is not launched any more."""
         _call(self._cuda.cuGraphExecDestroy, graph)
 
     def close_all(self) -> None:

@@ -345,7 +345,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = SimpleNamespace(available=False)
     imports(monkeypatch, {"cupy": SimpleNamespace(__version__="14.2.0"), "cupy.cuda.nccl": bare})
     with pytest.raises(
-        TransportError, match="14.2.0 can not load .*nccl is not there.: pip install -U nvidia-nccl-cu13"
+        TransportError, match="14.2.0 can not load .*nccl is not there.: pip install -U 'abccl.cuda13.*nvidia-nccl-cu13"
     ):
         find_nccl()
 

@@ -243,6 +243,10 @@ class Transport(ABC):
         """
         raise TransportError(f"{self.name} has no collectives of its own: leave out algorithm='native'")
 
+    def scaled(self, prepared: Prepared, call: NativeCall, before: bool, factor: float) -> Prepared:
+        """A native collective whose input, or else whose output, is scaled; only where `device` is not the CPU."""
+        raise TransportError(f"{self.name} scales nothing: leave out algorithm='native'")
+
     def split(self, members: Sequence[int], name: str) -> Transport:
         """A transport of these ranks, in this order. Only they call it.
 

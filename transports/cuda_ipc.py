@@ -176,7 +176,8 @@ class _IpcPlan:
     def step(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> tuple[list[Command], list[int]]:
         """See `WirePlan.step`."""
         commands: list[Command] = []
-        before, copies, after = self._said(), [], []
+        before, after = self._said(), list[MemoryOperation]()
+        copies: list[tuple[int, int, int]] = []
         for peers, pieces in sends:
             starts = self._offsets([size for _, size in pieces])
             for peer in peers:

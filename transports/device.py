@@ -162,6 +162,10 @@ class DeviceTransport(Transport):
             # Each whatever the others raise: of a device that has failed nothing can be given back, peers must be told.
             ends.callback(self.host.close)
             ends.enter_context(contextlib.suppress(AbcclError))
+            if self.watch.in_graphs:
+                # A graph that is launched and has not begun is not seen by the watch, which sees to it that this ends.
+                with contextlib.suppress(AbcclError), self.driver.as_current():
+                    self.driver.synchronize_device()
             drained = self.watch.stop()
             ends.enter_context(self.driver.as_current())
             if drained:
@@ -199,8 +203,9 @@ class DeviceTransport(Transport):
             return super().prepare_native(call)
         return DevicePlan(self, zlib.crc32(call.text.encode()), call.text, own(call))
 
-    def scaled(self, prepared: DevicePlan, call: NativeCall, before: bool, factor: float) -> DevicePlan:
-        """A native collective whose input, or else whose output, is scaled."""
+    def scaled(self, prepared: Prepared, call: NativeCall, before: bool, factor: float) -> Prepared:
+        """See `Transport.scaled`."""
+        assert isinstance(prepared, DevicePlan)
         dtype = element_type(call.dtype)
         scaling, make = self.kernels.scaling, prepared.make
 

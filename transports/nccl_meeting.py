@@ -43,8 +43,8 @@ def find_nccl() -> Any:
             importlib.import_module("cupy_backends.cuda.libs.nccl")
         except ImportError as error:
             raise TransportError(
-                f"the nccl transport needs NCCL's library, which cupy {cupy.__version__} can not load ({error}): pip "
-                "install -U nvidia-nccl-cu13 if cupy is cupy-cuda13x, nvidia-nccl-cu12 if it is cupy-cuda12x"
+                f"the nccl transport needs NCCL's library, which cupy {cupy.__version__} can not load ({error}): "
+                f"{extra}; they bring nvidia-nccl-cu13 and nvidia-nccl-cu12"
             ) from error
     return nccl
 

@@ -66,6 +66,7 @@ class Watch:
         error: what the transport has failed with.
         begun, ended: where the device counts the runs in graphs.
         done: where it writes which run has ended, the first being 1.
+        in_graphs: whether runs have been captured.
     """
 
     def __init__(self, transport: DeviceTransport) -> None:
@@ -91,7 +92,7 @@ class Watch:
         self._words = transport.driver.allocate_pinned(12)
         self.begun, self.ended, self.done = (self._words + 4 * word for word in range(3))
         ctypes.memset(self._words, 0, 12)
-        self._in_graphs = False
+        self.in_graphs = False
         self._counted, self._since = (0, 0), 0.0
 
     # ---- for the transport
@@ -101,7 +102,7 @@ class Watch:
         called = _Called(execution.number, execution.prepared.signature, execution.prepared.text)
         entry = Entry(execution, self._transport.timeout)
         with self._state:
-            self._in_graphs = self._in_graphs or execution.capture is not None
+            self.in_graphs = self.in_graphs or execution.capture is not None
             if self._transport.size == 1:
                 return  # who waits for nobody needs nobody to look after it
             self._outbox.append(called)
@@ -193,7 +194,7 @@ class Watch:
         for entry in self._entries:
             if now > entry.deadline and not self.is_done(entry.number):
                 raise DeadlineExceeded(entry.late())
-        if self._in_graphs:
+        if self.in_graphs:
             counted = self._counts()
             if counted != self._counted or counted[0] == counted[1]:
                 self._counted, self._since = counted, now
@@ -207,7 +208,7 @@ class Watch:
         """Seconds until the next look; None: until there is news."""
         if self._under_way():
             self._quiet_since = time.monotonic()
-        elif not (self._mine or self._sending or self._in_graphs):
+        elif not (self._mine or self._sending or self.in_graphs):
             return None
         return TICK if time.monotonic() - self._quiet_since < 1.0 else NAP
 
@@ -217,7 +218,7 @@ class Watch:
             if self.error is not None:
                 self._outbox.clear()
             self._entries = [entry for entry in self._entries if not self.is_done(entry.number)]
-            in_graphs = self._in_graphs and len(set(self._counts())) > 1
+            in_graphs = self.in_graphs and len(set(self._counts())) > 1
             return bool(self._entries) or bool(self._outbox) or in_graphs
 
     def _counts(self) -> tuple[int, int]:
