@@ -127,7 +127,8 @@ def _first_of(
     refused: list[str] = []
     for name in names:
         try:
-            return name, _MAKERS[name](host, *made, exchange, sync, timeout), tuple(refused)
+            with made[0].as_current():
+                return name, _MAKERS[name](host, *made, exchange, sync, timeout), tuple(refused)
         except TransportError as error:
             refused.append(f"{name}: {error}")
     raise TransportError("; ".join(refused))

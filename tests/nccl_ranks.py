@@ -103,7 +103,7 @@ class Rank(DeviceTransport):
     arena = used = 0
 
     def idle(self, deadline: float) -> None:
-        mark = self.driver._events[self._last[1].handle].mark() if self._last is not None else None
+        mark = self.driver._events[self._last[None][1].handle].mark() if None in self._last else None
         if mark is None or mark.reached():
             time.sleep(1e-4)
         else:

@@ -35,6 +35,7 @@ class PatientTransport(DeviceTransport):
 def staged(host: Transport, direct: bool = False, same_process: bool = True) -> DeviceTransport:
     """A rank on a fake device of its own."""
     driver = FakeDriver(host.rank, same_process=same_process)
+    driver.make_current()
     kernels = Kernels(driver, image=lambda *_: b"")  # the fake device has the CPU build of them
     lock = threading.RLock()
     return PatientTransport(host, driver, kernels, StagedWire(host, lock, driver, direct, 1 << 16), lock=lock)

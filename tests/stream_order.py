@@ -29,6 +29,7 @@ class Order:
         self.before: dict[str, frozenset[str]] = {}
         self.stream_of: dict[str, str] = {}
         self.kept: list[tuple[str, torch.Tensor]] = []
+        self.names: list[str] = []
         self.on_host: list[torch.Tensor] = []
         self.device_is_done = True
         self._numbers = iter(range(1, 1000))
@@ -37,6 +38,12 @@ class Order:
     @property
     def current(self) -> str:
         return getattr(self._local, "stream", "default")
+
+    def current_stream(self, device: torch.device) -> torch.Stream:
+        """Of torch's own type, with a number by which `names` has it."""
+        if self.current not in self.names:
+            self.names.append(self.current)
+        return torch.Stream(stream_id=self.names.index(self.current), device_index=0, device_type=1)  # type: ignore[call-arg]
 
     @contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -80,9 +87,6 @@ class Order:
     def host_memory(self, like: torch.Tensor) -> torch.Tensor:
         self.on_host.append(torch.empty(like.shape, dtype=like.dtype))
         return self.on_host[-1]
-
-    def keep(self, *tensors: torch.Tensor) -> None:
-        self.kept += [(self.current, tensor) for tensor in tensors]
 
 
 class StandInEvent:
@@ -242,7 +246,8 @@ class StandInCommunicator:
 
 
 class Copies(TorchFunctionMode):
-    """Counts copies as operations of the current stream: "to" a flat buffer, or "back" from one."""
+    """Counts copies as operations of the current stream: "to" a flat buffer, or "back" from one. Tensors say that they
+    are CUDA's, so that `streams.keep` records them: `order.kept` has what it told the allocator."""
 
     def __init__(self, order: Order) -> None:
         super().__init__()
@@ -250,6 +255,12 @@ class Copies(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
+        if function == torch.Tensor.is_cuda.__get__:
+            return True
+        if name == "record_stream":
+            tensor, stream = args
+            self.order.kept.append((self.order.names[stream.stream_id], tensor))
+            return None
         if name == "copy_":
             self.order.enqueue("to" if args[0].is_contiguous() else "back")
         elif name == "cat" or (name == "contiguous" and not args[0].is_contiguous()):

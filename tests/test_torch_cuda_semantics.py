@@ -25,8 +25,9 @@ pytestmark = pytest.mark.torch
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[Order]:
     order = Order()
-    for name in ("device_of", "here", "wait", "another", "future", "host_memory", "keep"):
+    for name in ("device_of", "here", "wait", "another", "future", "host_memory"):
         monkeypatch.setattr(streams, name, getattr(order, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", order.current_stream)
     with Copies(order):
         yield order
 
@@ -132,6 +133,19 @@ def test_asynchronous(order: Order, group: Any, name: str) -> None:
     check_order(order, name.split(" of ")[0].removesuffix("_single"), "side", "caller")
     assert order.before[ordered] >= {*order.named("back"), *(each.name for each in works)}
     assert not any(each.host_waits for each in works)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_copies_back_by_another_stream_are_recorded(order: Order, group: Any, name: str) -> None:
+    """Of each, the tensor and the flat buffer that was made on the caller's stream; nothing else is."""
+    options, call = CALLS[name]
+    with order.on("caller"):
+        work = call(group, later(options()))
+    assert not order.kept
+    with order.on("another"):
+        work.wait()
+    assert {stream for stream, _ in order.kept} == {"another"}
+    assert len(order.kept) == 2 * len(order.named("back"))
 
 
 def issue(group: Any, tensor: Any) -> Any:

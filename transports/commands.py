@@ -112,6 +112,9 @@ class StepWire(ABC):
 class Kernels(Protocol):
     """What runs on the device between messages: see `cuda/compile.py`."""
 
+    def load(self) -> None:
+        """Compile and load what every plan wants; nothing if that is done."""
+
     def folding(self, dtype: str, op: int, destination: int, sources: Sequence[int], count: int) -> Command:
         """destination = source op source op ..., left to right."""
 

@@ -102,6 +102,7 @@ class DeviceTransport(Transport):
         self.on_failure: Callable[[AbcclError], None] = lambda error: None
         with driver.as_current():
             try:
+                kernels.load()
                 self.own_stream = self.stream = driver.create_stream()
                 self.watch = Watch(self)
             except BaseException:
@@ -339,6 +340,8 @@ class DeviceExecution(Running):
         with self.transport.driver.as_current():
             # The host last: what was let go by an abort has also ended, and must not pass for done.
             done = self._enqueue() and self.finished()
+            if self.end is not None and not done:
+                self.transport.driver.is_done(self.end.handle)  # raises what the device has failed with
             self.transport.progress()
             return done and self.transport.watch.has_compared(self.number)
 

@@ -5,16 +5,28 @@ compute-sanitizer slows a kernel down a hundredfold, and what it looks for shows
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 from gpu import elements
 from gpu.device import Memory, make_driver, make_kernels
+from gpu.spinning import LANES, Ranks, all_reduce, make_spin_driver
 
 from abccl.transports.types import TYPES
 
+COUNT = 5000
+"""Elements of an all_reduce: more than one block's."""
+
 
 def main() -> None:
+    launched, kernels = alone(), together()
+    print(f"{launched} folds, scalings, gathers and ticks, and {', '.join(kernels)}")
+
+
+def alone() -> int:
+    """The kernels that wait for nobody; how many launches."""
     driver = make_driver()
     kernels = make_kernels(driver)
     stream = driver.create_stream()
@@ -50,7 +62,19 @@ def main() -> None:
         launched += 2
     driver.destroy_stream(stream)
     driver.close_all()
-    print(f"{launched} folds, scalings, gathers and ticks")
+    return launched
+
+
+def together() -> list[str]:
+    """Those that wait for each other, two ranks of several blocks each: they share memory, and have barriers."""
+    with tempfile.TemporaryDirectory() as folder:
+        driver = make_spin_driver(Path(folder))
+        ranks = Ranks(driver, 2, timeout=300.0)
+        ran = [ranks.run(all_reduce(name, 2, COUNT, lanes=LANES)) for name in ("direct", "two_shot", "ring")]
+        ranks.close()
+        driver.close_all()
+    assert ran == ["one_shot", "two_shot", "interpret"], ran
+    return [kernel for kernel in ran if kernel]
 
 
 if __name__ == "__main__":

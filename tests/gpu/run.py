@@ -140,7 +140,19 @@ def lacking(fake: bool) -> list[str]:
     found += [f"no {name}: pip install {how}" for name, how in NEEDED.items() if not _there(name)]
     if not _there("abccl.transports._native"):
         found.append("no native core: python setup.py build_ext --inplace")
-    return found
+    return found or _no_nvrtc()
+
+
+def _no_nvrtc() -> list[str]:
+    """NVRTC is a library that its module loads when it is called."""
+    from abccl.cuda.compile import _nvrtc
+    from abccl.errors import TransportError
+
+    try:
+        _nvrtc()
+    except TransportError as error:
+        return [f"no NVRTC: {error}"]
+    return []
 
 
 def _there(module: str) -> bool:
