@@ -206,7 +206,6 @@ class _LaneCommands:
                     pass
 
     def _send(self, sending: Sending) -> None:
-        self._copy()  # what is sent may have been copied just before
         sizes = self._sizes([part[1] for part in sending.parts])
         if self._is_sent(sizes):
             pieces = tuple((self._address(part), size) for part, size in zip(sending.parts, sizes, strict=True))

@@ -300,6 +300,7 @@ class Meeting:
     def __init__(self, rank: int, size: int, driver: Any, exchange: Exchange, nbytes: int, sync: str) -> None:
         self.rank, self.size, self.driver = rank, size, driver
         self.nbytes, self.sync = nbytes, sync
+        _free_what_nobody_maps()
         self.opened: list[int] = []
         self.workspaces: list[int] = []
         self.own = self.base = 0

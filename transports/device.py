@@ -178,6 +178,16 @@ class DeviceTransport(Transport):
                 ends.callback(self.wire.close)
                 self.driver.synchronize(self.own_stream)
 
+    def is_broken(self) -> bool:
+        """Whether the device itself has failed: it does nothing any more."""
+        try:
+            with self.driver.as_current():
+                if None in self._last:
+                    self.driver.is_done(self._last[None][1].handle)
+        except AbcclError:
+            return True
+        return False
+
     def place(self, image: npt.NDArray[np.uint8]) -> Placed:
         """See `Transport.place`: in device memory."""
         with self.driver.as_current():

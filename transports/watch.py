@@ -151,7 +151,7 @@ class Watch:
     def stop(self) -> bool:
         """What is under way is waited for, for a moment, or let go; then the thread ends. Whether nothing is left."""
         deadline = time.monotonic() + GRACE
-        while self._under_way() and (self.error is None or time.monotonic() < deadline + GRACE):
+        while self._under_way() and not self._transport.is_broken() and time.monotonic() < deadline + GRACE:
             if time.monotonic() > deadline and self.error is None:
                 error = ClosedError(f"{self._transport.name} was closed while runs were under way")
                 self._transport.host.abort(error)
