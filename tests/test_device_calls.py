@@ -115,6 +115,19 @@ def test_asynchronous_work(monkeypatch: pytest.MonkeyPatch, transport: str) -> N
     on_devices(monkeypatch, 3, body)
 
 
+def test_a_work_outlives_its_communicator(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+    works = []
+
+    def body(me: Rank) -> None:
+        x = me.array(values(me.rank, 10))
+        works.append(me.communicator.all_reduce(x, async_op=True))
+        works[-1].wait()
+        me.driver.synchronize_device()
+
+    on_devices(monkeypatch, 2, body)
+    assert all(work.is_completed() for work in works)
+
+
 def test_persistent_and_warm_calls(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
     def body(me: Rank) -> None:
         x = me.array(values(me.rank, 300))

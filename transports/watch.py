@@ -77,7 +77,7 @@ class Watch:
         self._news = threading.Event()
         self._state = threading.Lock()
         self._entries: list[Entry] = []
-        self._ending = self._ended = False
+        self._ending = False
         # What is told, and what is compared.
         self._outbox: deque[_Called] = deque()
         self._mine: dict[int, _Called] = {}
@@ -146,7 +146,7 @@ class Watch:
 
     def is_done(self, number: int) -> bool:
         """Whether the device has ended this run, and so all before it. No call of the driver."""
-        return 0 < (self._word(2) - number) & _MASK <= _MASK >> 1
+        return not self._words or 0 < (self._word(2) - number) & _MASK <= _MASK >> 1
 
     def stop(self) -> bool:
         """What is under way is waited for, for a moment, or let go; then the thread ends. Whether nothing is left."""
@@ -165,8 +165,9 @@ class Watch:
         return drained
 
     def free(self) -> None:
-        """Give the words back; the device writes them no more."""
-        self._transport.driver.free_pinned(self._words)
+        """Give the words back: nothing is under way, and the device writes them no more."""
+        words, self._words = self._words, 0
+        self._transport.driver.free_pinned(words)
 
     # ---- the thread
 
