@@ -265,10 +265,10 @@ def test_cupy_has_no_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("cupy")
-def test_abccl_refuses_what_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abccl_refuses_what_does_not_say_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "spawn", lambda fn, ranks, args: [fn(*args)])
     result = CliRunner().invoke(bench, ["all_reduce", "--ranks", "1", "--array", "cupy", *FEW])
-    assert result.exit_code == 2 and "x must be a numpy array or torch CPU tensor" in result.stderr
+    assert result.exit_code == 2 and "x must be a numpy array, torch tensor or CuPy array" in result.stderr
 
 
 def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
