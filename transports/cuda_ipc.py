@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -263,8 +262,9 @@ class CudaIpcTransport(DeviceTransport):
         timeout: seconds after which a run that has not ended fails.
 
     Raises:
-        TransportError: on all ranks, if any can not map another's memory; the message names them.
-        ArgumentError: no such `sync`, or ranks share a device and it is "spin".
+        TransportError: on all ranks, if any can not map another's memory, or shares a device and it is "spin"; the
+            message names them.
+        ArgumentError: no such `sync`.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class Meeting:
 
     def _meet(self, exchange: Exchange) -> list[str]:
         nbytes, name = Words.nbytes(self.size), f"/abccl-{secrets.token_hex(8)}"
-        card: dict[str, Any] = {"host": host_identity(), "pid": os.getpid(), "refusal": ""}
+        card: dict[str, Any] = {"host": host_identity(), "refusal": ""}
         try:
             self.own = self.driver.allocate(self.nbytes)
             self.driver.fill(self.own, 0, self.nbytes, 0)
