@@ -11,6 +11,7 @@
 #include "gil.hpp"
 #include "persistent.hpp"
 #include "quantize.hpp"
+#include "recorded.hpp"
 #include "shortcut.hpp"
 
 namespace py = pybind11;
@@ -21,11 +22,7 @@ namespace {
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* mutable_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-py::object error_class(Kind kind) {
-    const char* names[] = {"AbcclError",       "ArgumentError", "TransportError", "ClosedError",
-                           "DeadlineExceeded", "PeerLost",      "Mismatch",       "Aborted"};
-    return py::module_::import("abccl.errors").attr(names[static_cast<size_t>(kind)]);
-}
+py::object error_class(Kind kind) { return py::module_::import("abccl.errors").attr(kind_name(kind)); }
 
 void translate(std::exception_ptr error) {
     try {
@@ -146,7 +143,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_instruction_set", &use_instruction_set);
 
     py::class_<Region, std::shared_ptr<Region>>(m, "Region")
-        .def_static("create", &Region::create)
+        .def_static("create", [](size_t bytes) { return Region::create(bytes); })
         .def_static("create_named", &Region::create_named)
         .def_static("attach", &Region::attach)
         .def_static("attach_named", &Region::attach_named)
@@ -209,7 +206,8 @@ PYBIND11_MODULE(_native, m) {
             },
             "When a finished collective was taken up, and when it ended, by the clock of time.monotonic().");
 
-    py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
+    py::class_<Communicator, std::shared_ptr<Communicator>> communicator(m, "Communicator");
+    communicator
         .def(py::init([](uint32_t rank, const Geometry& geometry, std::shared_ptr<Region> own) {
             return std::make_shared<Communicator>(rank, geometry, std::move(own));
         }))
@@ -268,7 +266,7 @@ PYBIND11_MODULE(_native, m) {
                  WithoutGil released;
                  c.progress_messages();
              })
-        .def("abort", &Communicator::abort)
+        .def("abort", &Communicator::abort, py::call_guard<WithoutGil>())
         .def("close", &Communicator::close, py::call_guard<WithoutGil>())
         .def("adapt", [](Communicator& c) { c.endpoint.adapt(); })
         .def("number_from_here", [](Communicator& c) { c.endpoint.number_from_here(); })
@@ -285,6 +283,8 @@ PYBIND11_MODULE(_native, m) {
         .def_property(
             "streaming_from", [](const Communicator& c) { return c.endpoint.streaming_from(); },
             [](Communicator& c, size_t bytes) { c.endpoint.set_streaming_from(bytes); });
+
+    add_flight(communicator);
 
     py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(m, "Dispatcher")
         .def(py::init<std::shared_ptr<Communicator>, py::object, py::object, double>(),
@@ -317,5 +317,6 @@ PYBIND11_MODULE(_native, m) {
             "Whether what was started is finished, well or not.");
     add_shortcut(m);
     add_driven(m);
+    add_flight(m);
     m.def("fork_generation", &fork_generation);
 }

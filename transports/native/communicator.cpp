@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "failure.hpp"
@@ -81,24 +82,42 @@ void Communicator::drive(const Plan& plan, const void* input, void* output, Time
         const Deadline deadline = Clock::now() + timeout;
         auto tick = [&] {
             Endpoint::on_tick();
+            execution_.publish_wait();
             endpoint.check_collective();
-            if (Clock::now() > deadline) endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
+            if (Clock::now() > deadline || faults::is_late())
+                endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
         };
         endpoint.wait([this] { return execution_.progress(); }, tick, endpoint.patience());
     } catch (...) {
         settle(plan.parameters.text);
+        endpoint.finish(false);
+        tell_failure();
         throw;
     }
+}
+
+void Communicator::note_failure(const Failure& failure) {
+    if (failure.kind == Kind::closed || failure.kind == Kind::argument) return;
+    endpoint.recorder().fail(std::string(kind_name(failure.kind)) + ": " + failure.what());
+    Told fine = Told::fine;
+    told_.compare_exchange_strong(fine, Told::failed);
+}
+
+void Communicator::tell_failure() {
+    Told failed = Told::failed;
+    if (told_.compare_exchange_strong(failed, Told::told) && on_failure) on_failure();
 }
 
 std::exception_ptr Communicator::settle(const std::string& doing) {
     try {
         throw;
-    } catch (const Failure&) {
+    } catch (const Failure& failure) {
+        note_failure(failure);
         return std::current_exception();
     } catch (...) {
         const Failure failure(Kind::aborted, endpoint.name(endpoint.rank()) + " was interrupted in " + doing);
         endpoint.abort(static_cast<uint32_t>(failure.kind), failure.what());
+        note_failure(failure);
         return std::make_exception_ptr(failure);
     }
 }
@@ -155,6 +174,7 @@ void Communicator::wait_message(Work& work) {
         endpoint.wait(step, tick, endpoint.patience());
     } catch (...) {
         mailbox.fail(settle("a send or recv"));
+        tell_failure();
         throw;
     }
     work.check();
@@ -166,6 +186,12 @@ bool Communicator::idle() {
 }
 
 Outcome Communicator::progress() {
+    const Outcome outcome = advance();
+    tell_failure();
+    return outcome;
+}
+
+Outcome Communicator::advance() {
     std::lock_guard<std::mutex> engine(engine_);
     bool moved = false;
     try {
@@ -206,13 +232,20 @@ Outcome Communicator::progress() {
 }
 
 void Communicator::tick() {
+    look();
+    tell_failure();
+}
+
+void Communicator::look() {
     std::lock_guard<std::mutex> engine(engine_);
     try {
         endpoint.check_abort();
         mailbox.check();
         if (started_) {
+            execution_.publish_wait();
             endpoint.check_collective();
-            if (Clock::now() > deadline_) endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
+            if (Clock::now() > deadline_ || faults::is_late())
+                endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
         }
     } catch (...) {
         fail_all(settle("its progress thread"));
@@ -226,12 +259,16 @@ void Communicator::fail_all(std::exception_ptr error) {
         tasks.swap(queue_);
         state_.fetch_sub(queued * static_cast<uint32_t>(tasks.size()));
     }
-    started_ = false;
+    if (std::exchange(started_, false)) endpoint.finish(false);
     for (auto& task : tasks) task->work->fail(error);
     mailbox.fail(error);
 }
 
-void Communicator::abort(uint32_t kind, const std::string& reason) { endpoint.abort(kind, reason); }
+void Communicator::abort(uint32_t kind, const std::string& reason) {
+    endpoint.abort(kind, reason);
+    note_failure(Failure(static_cast<Kind>(kind), reason));
+    tell_failure();
+}
 
 void Communicator::close() {
     if (closed_.exchange(true)) return;

@@ -8,6 +8,7 @@
 
 #include "endpoint.hpp"
 #include "execution.hpp"
+#include "failure.hpp"
 #include "mailbox.hpp"
 #include "work.hpp"
 
@@ -55,6 +56,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void abort(uint32_t kind, const std::string& reason);
     void close();
     bool closed() const { return closed_.load(std::memory_order_acquire); }
+    // Called once, from any thread and without locks held, when this rank has learnt that the group is broken.
+    std::function<void()> on_failure;
+    // For who runs plans on the endpoint by himself: this has ended the present one, or all.
+    void note_failure(const Failure& failure);
+    void tell_failure();
 
     Endpoint endpoint;
     Mailbox mailbox;
@@ -74,6 +80,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     // Aborts the group if what was thrown is not a failure that all ranks learn of anyway: an interrupt, say. To be
     // called while handling it.
     std::exception_ptr settle(const std::string& doing);
+    Outcome advance();
+    void look();
 
     // A caller's thread may take the engine only from 0, the progress thread only when no caller has it.
     static constexpr uint32_t busy = 1, queued = 2;
@@ -84,6 +92,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     bool started_ = false;
     Deadline deadline_{};  // of the running plan of the queue
     std::atomic<bool> closed_{false};
+    enum class Told : uint32_t { fine, failed, told };
+    std::atomic<Told> told_{Told::fine};
     Execution execution_;
 };
 

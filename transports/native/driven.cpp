@@ -1,5 +1,7 @@
 #include "driven.hpp"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <optional>
 
@@ -27,8 +29,10 @@ class DrivenExecution {
     }
     Outcome progress() {
         WithoutGil released;
-        check_usable();
-        return execution_.progress();
+        return recorded([this] {
+            check_usable();
+            return execution_.progress();
+        });
     }
     // (id, sends, peer, lane, segment, row, bytes with the header) of each message that waits to be carried.
     py::list take() {
@@ -48,11 +52,30 @@ class DrivenExecution {
     // Raises what ends the run: an abort, a lost peer of this host, different calls.
     void check() {
         WithoutGil released;
-        communicator_->endpoint.check_collective();
+        execution_.publish_wait();
+        recorded([this] {
+            communicator_->endpoint.check_collective();
+            return Outcome::blocked;
+        });
     }
     std::string blame() const { return execution_.blame(); }
+    // The remote peer that the run waits for, by its number in the plan.
+    std::optional<uint32_t> waits_for() const {
+        const auto peer = execution_.waits_for().peer;
+        return peer && *peer >= communicator_->endpoint.geometry().size ? peer : std::nullopt;
+    }
 
   private:
+    template <class Look>
+    Outcome recorded(Look look) {
+        try {
+            return look();
+        } catch (const Failure& failure) {
+            communicator_->note_failure(failure);
+            communicator_->endpoint.finish(false);
+            throw;
+        }
+    }
     void check_usable() const {
         if (communicator_->closed()) throw Failure(Kind::closed, "the communicator is closed: make another");
         communicator_->endpoint.check_abort();
@@ -94,6 +117,8 @@ void add_driven(py::module_& m) {
         .def("complete", &DrivenExecution::complete, py::arg("id"), "The message has been carried.")
         .def("about", &DrivenExecution::about, py::arg("row"), "Tag, step and blocks of a message.")
         .def("check", &DrivenExecution::check, "Raise what ends the run.")
+        .def("waits_for", &DrivenExecution::waits_for,
+             "The remote peer that the run waits for, by its number, or None.")
         .def("blame", &DrivenExecution::blame, "What the run waits for, in words.");
     py::class_<Nap>(m, "Nap", "Begin, look again, then sleep until the communicator's bell rings.")
         .def(py::init<std::shared_ptr<Communicator>>())

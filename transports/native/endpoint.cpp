@@ -59,13 +59,16 @@ Endpoint::Endpoint(uint32_t rank, Geometry geometry, std::shared_ptr<Region> own
       multicast_(geometry.lanes * geometry.slots),
       multicast_next_(geometry.lanes, 0),
       process_handles_(geometry.size, -1),
-      heaps_(geometry.size) {
+      heaps_(geometry.size),
+      recorder_(control_->flight) {
     if (own->bytes() != geometry.bytes()) throw Failure(Kind::transport, "the region's size is not the layout's");
     use_membarrier();
     regions_[rank] = std::move(own);
     control_->rank = rank;
     control_->size = geometry.size;
     control_->pid = getpid();
+    recorder_.flight().rank = static_cast<int32_t>(rank);
+    recorder_.flight().size = static_cast<int32_t>(geometry.size);
 }
 
 Endpoint::~Endpoint() {
@@ -203,104 +206,6 @@ void Endpoint::release(uint32_t peer, uint32_t lane) {
     ring_if_sleeping(control(peer));
 }
 
-uint64_t Endpoint::enter(uint32_t signature, const std::string& text) {
-    ++sequence_;
-    signature_ = signature;
-    text_ = &text;
-    Record& record = control_->records[sequence_ % history];
-    record.sequence.store(0, std::memory_order_relaxed);
-    // Equal signatures mean equal texts.
-    if (record.signature.load(std::memory_order_relaxed) != signature || sequence_ <= history) {
-        record.signature.store(signature, std::memory_order_release);
-        uint64_t words[text_words] = {};
-        std::memcpy(words, text.data(), std::min(text.size(), sizeof(words) - 1));
-        const size_t used = std::min<size_t>(text_words, text.size() / sizeof(uint64_t) + 1);
-        for (size_t i = 0; i < used; ++i) record.text[i].store(words[i], std::memory_order_release);
-    }
-    record.sequence.store(sequence_, std::memory_order_release);
-    control_->entered.store(sequence_, std::memory_order_release);
-    return sequence_;
-}
-
-bool Endpoint::read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const {
-    const Record& record = control(peer).records[sequence % history];
-    if (record.sequence.load(std::memory_order_acquire) != sequence) return false;
-    uint64_t words[text_words];
-    for (size_t i = 0; i < text_words; ++i) words[i] = record.text[i].load(std::memory_order_acquire);
-    *signature = record.signature.load(std::memory_order_acquire);
-    if (record.sequence.load(std::memory_order_relaxed) != sequence) return false;
-    const char* characters = reinterpret_cast<const char*>(words);
-    *text = std::string(characters, strnlen(characters, sizeof(words)));
-    return true;
-}
-
-std::string Endpoint::shown(uint64_t number) const {
-    return std::to_string(number > before_users_ ? number - before_users_ : 0);
-}
-
-std::string Endpoint::status(uint32_t peer) const {
-    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
-    const uint64_t finished = control(peer).finished.load(std::memory_order_relaxed);
-    const std::string which = " #" + shown(sequence_);
-    uint32_t signature = 0;
-    std::string text = "nothing";
-    const bool any = entered > before_users_;
-    if (any) read_record(peer, entered, &signature, &text);
-    const std::string last = text + (any ? " #" + shown(entered) : "");
-    if (control(peer).closed.load(std::memory_order_relaxed)) return "which has closed after " + last;
-    if (entered < sequence_)
-        return "which has not entered" + which + " (last: " + last + (finished < entered ? ", unfinished)" : ")");
-    if (entered > sequence_) return "which has gone on to " + last;
-    return finished == entered ? "which has finished it" : "which is in it too";
-}
-
-void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
-    check_abort();
-    // The first difference is the cause: what went before may have exchanged no message between the two.
-    const uint64_t oldest = sequence_ < history ? 1 : sequence_ - history + 1;
-    for (uint64_t number = oldest; number <= sequence_; ++number) {
-        uint32_t ours = 0, theirs = 0;
-        std::string our_text, their_text;
-        if (read_record(rank_, number, &ours, &our_text) && read_record(peer, number, &theirs, &their_text) &&
-            ours != theirs)
-            refuse_pair(number, our_text, peer, "called " + their_text);
-    }
-    uint32_t signature = 0;
-    std::string latest = "nothing";
-    const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
-    read_record(peer, entered, &signature, &latest);
-    refuse_pair(sequence_, *text_, peer, "is at " + latest + " #" + shown(entered) + detail);
-}
-
-void Endpoint::refuse_pair(uint64_t number, const std::string& ours, uint32_t peer, const std::string& theirs) {
-    fail(static_cast<uint32_t>(Kind::mismatch), "collective #" + shown(number) + ": " + name(rank_) + " called " +
-                                                    ours + ", " + name(peer) + " " + theirs +
-                                                    ": all ranks must make the same calls in the same order");
-}
-
-void Endpoint::tell_time(uint32_t signature, float seconds) {
-    uint32_t bits;
-    std::memcpy(&bits, &seconds, sizeof bits);
-    control(rank_).took.store(static_cast<uint64_t>(signature) << 32 | bits, std::memory_order_relaxed);
-}
-
-double Endpoint::time_of(uint32_t peer, uint32_t signature) const {
-    const uint64_t told = control(peer).took.load(std::memory_order_relaxed);
-    if (told >> 32 != signature) return 0;
-    const uint32_t bits = static_cast<uint32_t>(told);
-    float seconds;
-    std::memcpy(&seconds, &bits, sizeof seconds);
-    return static_cast<double>(seconds);
-}
-
-void Endpoint::compare(uint32_t peer) {
-    const Record& record = control(peer).records[sequence_ % history];
-    if (record.sequence.load(std::memory_order_acquire) != sequence_) return;
-    if (record.signature.load(std::memory_order_acquire) == signature_) return;
-    // Unless the record was rewritten in between.
-    if (record.sequence.load(std::memory_order_acquire) == sequence_) mismatch(peer, "");
-}
-
 bool Endpoint::gone(uint32_t peer) const {
     if (control(peer).closed.load(std::memory_order_acquire)) return true;
     const int pid = control(peer).pid;
@@ -326,8 +231,7 @@ void Endpoint::check_collective() {
         if (peer == rank_) continue;
         compare(peer);
         // A peer that has finished its part may go: what it sent stays readable.
-        if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_)
-            lost(peer, *text_ + " #" + shown(sequence_));
+        if (gone(peer) && control(peer).finished.load(std::memory_order_acquire) < sequence_) lost(peer, title());
     }
 }
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "flight.hpp"
 #include "layout.hpp"
 #include "region.hpp"
 
@@ -93,10 +94,13 @@ class Endpoint {
 
     uint32_t rank() const { return rank_; }
     // "rank 5": what the users call a rank of this endpoint, which may serve some of theirs only.
-    std::string name(uint32_t rank) const {
-        return "rank " + std::to_string(rank < names_.size() ? names_[rank] : rank);
-    }
-    void set_names(std::vector<uint32_t> names) { names_ = std::move(names); }
+    std::string name(uint32_t rank) const { return "rank " + std::to_string(user_rank(rank)); }
+    uint32_t user_rank(uint32_t rank) const { return rank < names_.size() ? names_[rank] : rank; }
+    void set_names(std::vector<uint32_t> names);
+    // What the users call the communicator, and a number that all its ranks on this host share.
+    void set_group(const std::string& name, uint64_t token);
+    // " in group "default"", for messages to people; nothing if it has no name.
+    std::string in_group() const { return group_.empty() ? "" : " in group \"" + group_ + "\""; }
     const Geometry& geometry() const { return geometry_; }
 
     // ---- Channels. None of these waits.
@@ -147,22 +151,45 @@ class Endpoint {
 
     // ---- Collectives as seen by peers.
 
-    // Enters the next collective; returns its number. `signature` and `text` describe what was called.
-    uint64_t enter(uint32_t signature, const std::string& text);
-    void finish() { control_->finished.store(sequence_, std::memory_order_release); }
+    // Enters the next collective; returns its number. `signature` and `text`, which must live until the next, describe
+    // what was called; `text_number` is the text's in the flight recorder.
+    uint64_t enter(uint32_t signature, const std::string& text, uint32_t text_number);
+    // The same for a collective that somebody else runs, who tells its end by `finish`.
+    uint64_t begin_call(uint32_t signature, const std::string& text, uint64_t bytes);
+    void finish(bool well = true) {
+        recorder_.end(sequence_, well);
+        if (well) control_->finished.store(sequence_, std::memory_order_release);
+    }
     uint64_t sequence() const { return sequence_; }
+    Recorder& recorder() { return recorder_; }
+    const Recorder& recorder() const { return recorder_; }
     // The library's own collectives end here: what follows is numbered from 1 in messages to people.
-    void number_from_here() { before_users_ = sequence_; }
+    void number_from_here();
     std::string shown(uint64_t number) const;
+    // The present collective: all_reduce #17 (float32, sum, 1024 elements, ring) in group "default".
+    std::string title() const;
     // Throws Mismatch if `peer` is known to have called something else as its collective of the present number.
     void compare(uint32_t peer);
     // For ranks that only send, and return before their readers have read: what a run takes those.
     void tell_time(uint32_t signature, float seconds);
     double time_of(uint32_t peer, uint32_t signature) const;
+    const Control& control() const { return *control_; }
+    int pid(uint32_t peer) const { return control(peer).pid; }
     // Whether `peer` has entered the present collective.
     bool entered(uint32_t peer) const { return control(peer).entered.load(std::memory_order_acquire) >= sequence_; }
-    // What `peer` is doing, for messages to people.
-    std::string status(uint32_t peer) const;
+    // How far a rank is. Numbers are the users'.
+    struct Position {
+        uint64_t entered = 0, finished = 0;
+        bool closed = false;
+        std::string last;           // what it entered last
+        std::optional<double> ago;  // seconds since it finished that; or entered it, if it has not finished
+    };
+    Position position(uint32_t peer) const;
+    // That in words: "which has not entered #17 (last: broadcast #16, finished 4.2 s ago)".
+    std::string status_words(const Position& position) const;
+    std::string status(uint32_t peer) const { return status_words(position(peer)); }
+    // "; rank 3 is one which ...", of those that have not entered the present collective.
+    std::string stragglers(uint32_t except) const;
     // A message of collective number `sequence()` from `peer` had the wrong signature or length: throws Mismatch.
     [[noreturn]] void mismatch(uint32_t peer, const std::string& detail);
 
@@ -189,6 +216,16 @@ class Endpoint {
     }
     // Says goodbye to peers, and makes this rank's own waits raise.
     void close();
+
+    // ---- What survivors of a broken group tell each other. None of these waits or looks for an abort.
+
+    // Shows the others so many bytes, at most `board_bytes`, as round number `round`, from 1; it replaces the last but
+    // one.
+    void publish(uint64_t round, const void* data, size_t bytes);
+    // The newest round that a peer has shown, and what it showed as this one, if that is still there.
+    std::pair<uint64_t, std::optional<std::string>> published(uint32_t peer, uint64_t round) const;
+    // The answer to a question: the first value that any rank gives, which is not 0. The memory outlives its owner.
+    uint64_t decide(uint32_t question, uint64_t value);
 
     Patience patience() const { return patience_; }
     void set_patience(Patience patience) { patience_ = patience; }
@@ -233,7 +270,6 @@ class Endpoint {
     bool multicast_is_free(uint32_t lane) const;
     void write(uint8_t* destination, const Span* spans, size_t span_count, size_t bytes, size_t streaming_from);
     Control& control(uint32_t peer) const { return *reinterpret_cast<Control*>(regions_[peer]->base()); }
-    bool read_record(uint32_t peer, uint64_t sequence, uint32_t* signature, std::string* text) const;
 
     uint32_t rank_;
     std::vector<uint32_t> names_;
@@ -248,6 +284,9 @@ class Endpoint {
     std::shared_ptr<Region> heap_;
     std::atomic<const uint8_t*> heap_base_{nullptr};
     std::vector<std::shared_ptr<Region>> heaps_;  // of the peers
+    Recorder recorder_;
+    std::string group_;
+    std::string called_;  // by `begin_call`
     bool pulls_ = false;
     uint64_t sequence_ = 0;
     uint64_t before_users_ = 0;

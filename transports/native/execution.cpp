@@ -27,7 +27,11 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     plan_ = &plan;
     input_ = static_cast<const uint8_t*>(input);
     output_ = static_cast<uint8_t*>(output);
-    const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text);
+    Recorder& recorder = endpoint_.recorder();
+    plan.text_number = recorder.text(plan.text_number, plan.parameters.text, plan.bytes());
+    records_steps_ = recorder.wants_steps(plan.longest_message);
+    blocked_ = false;
+    const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text, plan.text_number);
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
     streaming_from_ = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
@@ -107,7 +111,14 @@ Outcome Execution::progress() {
         endpoint_.finish();
         return Outcome::done;
     }
+    if (!moved && !blocked_) pass(faults::Point::wait);
+    blocked_ = !moved;
     return moved ? Outcome::moved : Outcome::blocked;
+}
+
+void Execution::pass(faults::Point point) {
+    if (faults::pass(point) == faults::Action::abort)
+        endpoint_.fail(static_cast<uint32_t>(Kind::aborted), endpoint_.name(endpoint_.rank()) + ": an injected fault");
 }
 
 void Execution::took(double seconds) {
@@ -171,6 +182,9 @@ bool Execution::run(uint32_t lane_index) {
             }
             case Instruction::release:
                 release(lane_index, lane);
+                if (records_steps_)
+                    endpoint_.recorder().step(endpoint_.sequence(), lane_index, lane.segment, row.tag, row.reg);
+                pass(faults::Point::step);
                 break;
             case Instruction::reclaim:
                 if (way_.lent && unread(lane_index, lane)) return moved;
@@ -405,42 +419,48 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
     return const_cast<uint8_t*>(lane.parts[reg.first + static_cast<uint32_t>(operand.part)]);
 }
 
-std::string Execution::blame() const {
+Execution::Wait Execution::waits_for() const {
     const Plan& plan = *plan_;
-    const std::string self =
-        plan.parameters.text + " #" + endpoint_.shown(endpoint_.sequence()) + ": " + endpoint_.name(endpoint_.rank());
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
         if (lane.segment >= plan.parameters.segments) continue;
-        std::string text = self + " waits ";
-        uint32_t peer;
         if (const RemoteMessage* message = remote_message(l, lane)) {
-            return text + "at step " + std::to_string(plan.step_of(message->row) + 1) +
-                   (message->sends ? " for its block " : " for block ") + plan.blocks_of(message->row) +
-                   (message->sends ? " to reach " : " from ") + endpoint_.name(message->peer);
+            const int step = plan.step_of(message->row) + 1;
+            return {step, message->peer,
+                    "waits at step " + std::to_string(step) + (message->sends ? " for its block " : " for block ") +
+                        plan.blocks_of(message->row) + (message->sends ? " to reach " : " from ") +
+                        endpoint_.name(message->peer)};
         }
         if (lane.row == plan.rows.size() || plan.rows[lane.row].instruction == Instruction::reclaim) {
             const auto found = unread(l, lane);
             if (!found) continue;  // it has just been read
-            peer = found->peer;
-            text += "for " + endpoint_.name(peer) + " to read block " + plan.blocks_of(found->row) + " of step " +
-                    std::to_string(plan.step_of(found->row) + 1);
-        } else {
-            const Row& row = plan.rows[lane.row];
-            const bool sending = row.instruction == Instruction::send;
-            peer = plan.peers[row.peers];
-            text += "at step " + std::to_string(plan.step_of(lane.row) + 1) +
-                    (sending ? " for room to send block " : " for block ") + plan.blocks_of(lane.row) +
-                    (sending ? " to " : " from ") + endpoint_.name(peer);
+            return {0, found->peer,
+                    "waits for " + endpoint_.name(found->peer) + " to read block " + plan.blocks_of(found->row) +
+                        " of step " + std::to_string(plan.step_of(found->row) + 1)};
         }
-        text += ", " + endpoint_.status(peer);
-        // Whom it waits for may itself wait for a rank that has not come.
-        for (uint32_t other = 0; other < endpoint_.geometry().size; ++other)
-            if (other != peer && other != endpoint_.rank() && !endpoint_.entered(other))
-                text += "; " + endpoint_.name(other) + " is one " + endpoint_.status(other);
-        return text;
+        const Row& row = plan.rows[lane.row];
+        const bool sending = row.instruction == Instruction::send;
+        const uint32_t peer = plan.peers[row.peers];
+        const int step = plan.step_of(lane.row) + 1;
+        return {step, peer,
+                "waits at step " + std::to_string(step) + (sending ? " for room to send block " : " for block ") +
+                    plan.blocks_of(lane.row) + (sending ? " to " : " from ") + endpoint_.name(peer)};
     }
-    return self + " waits for nothing";
+    return {0, std::nullopt, "waits for nothing"};
+}
+
+std::string Execution::blame() const {
+    const Wait wait = waits_for();
+    std::string text = endpoint_.title() + ": " + endpoint_.name(endpoint_.rank()) + " " + wait.text;
+    if (!wait.peer || is_remote(*wait.peer)) return text;
+    // Whom it waits for may itself wait for a rank that has not come.
+    return text + ", " + endpoint_.status(*wait.peer) + endpoint_.stragglers(*wait.peer);
+}
+
+void Execution::publish_wait() {
+    const Wait wait = waits_for();
+    const int32_t peer = wait.peer ? static_cast<int32_t>(endpoint_.user_rank(*wait.peer)) : nobody;
+    endpoint_.recorder().waits(endpoint_.sequence(), wait.step, peer, wait.text);
 }
 
 }  // namespace abccl

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "endpoint.hpp"
+#include "faults.hpp"
 #include "plan.hpp"
 #include "remote.hpp"
 
@@ -24,7 +25,16 @@ class Execution {
     // Runs every lane as far as it goes. Throws Failure(mismatch) and aborts the endpoint.
     Outcome progress();
     // What the first blocked lane waits for.
+    struct Wait {
+        int32_t step;                  // from 1; 0 at the end of the plan
+        std::optional<uint32_t> peer;  // numbered as the plan's peers
+        std::string text;              // "waits at step 3 for block 1 from rank 1"
+    };
+    Wait waits_for() const;
+    // That in words: of what collective, and how far the peer is.
     std::string blame() const;
+    // Lets others read it.
+    void publish_wait();
 
   private:
     struct Register {
@@ -53,6 +63,7 @@ class Execution {
     bool run(uint32_t lane_index);
     bool send(const Row& row, uint32_t lane_index, Lane& lane);
     bool receive(const Row& row, uint32_t lane_index, Lane& lane);
+    void pass(faults::Point point);
     bool is_remote(uint32_t peer) const { return peer >= endpoint_.geometry().size; }
     bool send_remote(const Row& row, uint32_t lane_index, const Lane& lane, size_t bytes);
     bool receive_remote(const Row& row, uint32_t lane_index, Lane& lane, size_t bytes);
@@ -96,6 +107,8 @@ class Execution {
     using Probed = std::tuple<const void*, const void*, size_t, size_t>;
     Probed probed_{};
     bool read_lent_ = false;  // this run has read what a peer lent
+    bool records_steps_ = false;
+    bool blocked_ = false;  // at the last look
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;

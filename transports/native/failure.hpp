@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,13 @@ namespace abccl {
 
 // The numbers travel through shared memory in the abort word, so zero means "not aborted".
 enum class Kind : uint32_t { argument = 1, transport, closed, deadline, peer_lost, mismatch, aborted };
+
+// As Python calls its error.
+inline const char* kind_name(Kind kind) {
+    constexpr const char* names[] = {"AbcclError",       "ArgumentError", "TransportError", "ClosedError",
+                                     "DeadlineExceeded", "PeerLost",      "Mismatch",       "Aborted"};
+    return static_cast<uint32_t>(kind) < std::size(names) ? names[static_cast<uint32_t>(kind)] : names[0];
+}
 
 class Failure : public std::runtime_error {
   public:

@@ -5,12 +5,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "flight.hpp"
+
 namespace abccl {
 
 constexpr size_t cache_line = 64;
 constexpr size_t inline_bytes = 304;
-constexpr size_t text_words = 20;
-constexpr size_t history = 64;
+constexpr size_t board_bytes = 16 << 10;
+constexpr size_t decisions_kept = 512;
 
 // One message. The sender writes everything else, then `sequence` with release. A short message moves with it: from
 // elsewhere it would take the reader a second way to the sender's cache, 150 ns between far cores.
@@ -34,12 +36,11 @@ struct alignas(cache_line) Tail {
     std::atomic<uint32_t> value;
 };
 
-// What a rank called: read by peers only when they wait long or see a foreign signature. The text is words so that
-// a reader who comes while it is rewritten sees a torn text and a changed sequence, and no undefined behaviour.
-struct alignas(cache_line) Record {
-    std::atomic<uint64_t> sequence;
-    std::atomic<uint32_t> signature;
-    std::atomic<uint64_t> text[text_words];
+// What survivors of a broken communicator tell each other: of two rounds, as each is read before the next but one.
+struct BoardSlot {
+    std::atomic<uint64_t> round;  // from 1; 0 while it is rewritten
+    uint64_t bytes;
+    uint8_t data[board_bytes];
 };
 
 struct Control {
@@ -58,7 +59,10 @@ struct Control {
     // Of a plan that receives: its signature << 32 | the bits of a float, the seconds of its last timed run.
     alignas(cache_line) std::atomic<uint64_t> took;
     char reason[2048];  // of this rank's own abort; written before any abort word that points to it
-    Record records[history];
+    // Of the first rank's region: the first value that is written to each wins.
+    std::atomic<uint64_t> decisions[decisions_kept];
+    BoardSlot board[2];
+    Flight flight;
 };
 
 // The numbers that fix a region's layout; equal on all ranks.

@@ -105,7 +105,7 @@ bool Endpoint::readable(const void* address, size_t bytes) const {
 
 std::shared_ptr<Region> Endpoint::heap(size_t bytes) {
     if (!heap_) {
-        heap_ = Region::create(bytes);
+        heap_ = Region::create(bytes, "abccl-heap");
         control_->heap_fd = heap_->fd();
         control_->heap_bytes.store(bytes, std::memory_order_release);
         heap_base_.store(heap_->base(), std::memory_order_release);

@@ -31,9 +31,22 @@ void Mailbox::check_peer(int64_t peer) const {
 }
 
 // A thread that waits for the message may sleep while another has moved it.
-void Mailbox::succeed(Work& work) {
+void Mailbox::succeed(Work& work, uint64_t recorded, uint32_t peer) {
+    endpoint_.recorder().end_message(recorded, static_cast<int32_t>(endpoint_.user_rank(peer)), true);
     work.succeed();
     endpoint_.ring_self();
+}
+
+void Mailbox::fail(Work& work, uint64_t recorded, const std::exception_ptr& error) {
+    endpoint_.recorder().end_message(recorded, nobody, false);
+    work.fail(error);
+}
+
+uint64_t Mailbox::record(bool sends, int32_t peer, int64_t tag, size_t bytes) {
+    if (tag < 0 && tag != any_tag) return 0;
+    const int32_t whom =
+        peer == any_source ? nobody : static_cast<int32_t>(endpoint_.user_rank(static_cast<uint32_t>(peer)));
+    return endpoint_.recorder().begin_message(sends, whom, tag, bytes);
 }
 
 std::shared_ptr<Work> Mailbox::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes,
@@ -42,7 +55,8 @@ std::shared_ptr<Work> Mailbox::post_send(uint32_t peer, int64_t tag, const void*
     std::lock_guard<std::mutex> lock(mutex_);
     endpoint_.check_abort();
     auto work = std::make_shared<Work>();
-    sending_[peer].push_back({work, tag, static_cast<const uint8_t*>(data), bytes, 0, false, deadline});
+    sending_[peer].push_back({work, tag, static_cast<const uint8_t*>(data), bytes, 0, false, deadline,
+                              record(true, static_cast<int32_t>(peer), tag, bytes)});
     return work;
 }
 
@@ -50,7 +64,8 @@ std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* d
     if (source != any_source) check_peer(source);
     std::lock_guard<std::mutex> lock(mutex_);
     endpoint_.check_abort();
-    Receiving receive{std::make_shared<Work>(), source, tag, static_cast<uint8_t*>(data), bytes, deadline};
+    Receiving receive{std::make_shared<Work>(),         source, tag, static_cast<uint8_t*>(data), bytes, deadline,
+                      record(false, source, tag, bytes)};
     auto found = std::find_if(unexpected_.begin(), unexpected_.end(),
                               [&](const Unexpected& u) { return receive.accepts(u.peer, u.tag); });
     if (found == unexpected_.end()) {
@@ -60,6 +75,7 @@ std::shared_ptr<Work> Mailbox::post_receive(int32_t source, int64_t tag, void* d
     check_length(receive, found->peer, found->bytes.size());
     if (bytes) std::memcpy(receive.data, found->bytes.data(), bytes);
     receive.work->source = found->peer;
+    endpoint_.recorder().end_message(receive.recorded, static_cast<int32_t>(endpoint_.user_rank(found->peer)), true);
     unexpected_.erase(found);
     receive.work->succeed();
     return receive.work;
@@ -125,7 +141,7 @@ bool Mailbox::progress_sends(uint32_t peer) {
         }
         moved = true;
         if (s.moved == s.bytes) {
-            succeed(*s.work);
+            succeed(*s.work, s.recorded, peer);
             sending_[peer].pop_front();
         }
     }
@@ -210,7 +226,7 @@ void Mailbox::finish(uint32_t peer, Arriving& a) {
     a.matched = false;
     a.kept.clear();
     a.receive.work->source = peer;
-    succeed(*a.receive.work);
+    succeed(*a.receive.work, a.receive.recorded, peer);
     a.receive.work.reset();
 }
 
@@ -236,7 +252,9 @@ void Mailbox::check() {
     if (left == 0 && size > 1 && from_anybody) endpoint_.lost(last_gone, "a receive from any rank");
     const Deadline now = Clock::now();
     const std::string rank = endpoint_.name(self);
-    const auto expired = [&](const std::string& what) { endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what); };
+    const auto expired = [&](const std::string& what) {
+        endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what + endpoint_.in_group());
+    };
     for (const Arriving& a : arriving_)
         if (a.matched && now > a.receive.deadline)
             expired("recv: " + rank + " waits for the rest of " + std::to_string(a.bytes) + " bytes from " +
@@ -257,14 +275,14 @@ void Mailbox::check() {
 void Mailbox::fail(std::exception_ptr error) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& queue : sending_) {
-        for (Sending& s : queue) s.work->fail(error);
+        for (Sending& s : queue) fail(*s.work, s.recorded, error);
         queue.clear();
     }
-    for (Receiving& r : receiving_) r.work->fail(error);
+    for (Receiving& r : receiving_) fail(*r.work, r.recorded, error);
     receiving_.clear();
     for (Arriving& a : arriving_)
         if (a.matched && a.receive.work) {
-            a.receive.work->fail(error);
+            fail(*a.receive.work, a.receive.recorded, error);
             a.matched = false;
         }
 }

@@ -44,6 +44,7 @@ class Mailbox {
         size_t moved;
         bool announced;
         Deadline deadline;
+        uint64_t recorded;  // its number in the flight recorder
     };
     struct Receiving {
         std::shared_ptr<Work> work;
@@ -52,6 +53,7 @@ class Mailbox {
         uint8_t* data;
         size_t bytes;
         Deadline deadline;
+        uint64_t recorded;
         bool accepts(uint32_t peer, int64_t message_tag) const {
             return from(peer) && (tag == any_tag ? message_tag >= 0 : tag == message_tag);
         }
@@ -82,7 +84,10 @@ class Mailbox {
     void check_signature(uint32_t peer, const Descriptor& descriptor, uint32_t signature);
     void check_peer(int64_t peer) const;
     bool any_pending() const;
-    void succeed(Work& work);
+    // The user's messages are recorded, not the library's own.
+    uint64_t record(bool sends, int32_t peer, int64_t tag, size_t bytes);
+    void succeed(Work& work, uint64_t recorded, uint32_t peer);
+    void fail(Work& work, uint64_t recorded, const std::exception_ptr& error);
 
     Endpoint& endpoint_;
     uint32_t lane_;

@@ -56,6 +56,9 @@ class Parser {
                     operands(row, 1, true);
                     break;
                 case Instruction::release:
+                    row.tag = ++steps_;
+                    row.reg = partner_;
+                    partner_ = -1;
                     registers_.clear();
                     parts_.clear();
                     remote_ = 0;
@@ -124,6 +127,7 @@ class Parser {
         if (value < 0 || value >= plan_.parameters.size + plan_.parameters.remotes || value == plan_.parameters.rank)
             refuse("a message to or from rank " + std::to_string(value));
         plan_.peers.push_back(static_cast<uint32_t>(value));
+        partner_ = value;
     }
     void count_remote(const Row& row) {
         const auto is_remote = [&](uint32_t peer) { return peer >= static_cast<uint32_t>(plan_.parameters.size); };
@@ -196,6 +200,8 @@ class Parser {
     std::vector<uint32_t> registers_;  // first operand of the message in each register
     std::vector<uint32_t> parts_;
     uint32_t remote_ = 0;  // messages that the step sends to remote peers
+    uint32_t steps_ = 0;
+    int32_t partner_ = -1;  // of the step: of its last message
 };
 
 }  // namespace

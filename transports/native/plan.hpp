@@ -1,6 +1,7 @@
 // A plan as the native engine runs it: the table of algorithms/plan.py, parsed and checked once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -22,11 +23,11 @@ struct Operand {
 
 struct Row {
     Instruction instruction;
-    uint32_t tag;             // send, recv
+    uint32_t tag;             // send, recv; release: the number of the step that it ends, from 1
     uint32_t first, count;    // operands (send: parts; recv: parts, as blocks; fold, copy, scale: sources), or
                               // reclaim: of `reclaims`
     uint32_t peers, readers;  // send: first of its peers, and how many; recv: the peer, and 1
-    int32_t reg;              // recv: the register that it fills
+    int32_t reg;              // recv: the register that it fills; release: a peer of the step, or -1
     bool lends;               // send: its parts may be read where they lie
     bool straight;            // recv: its parts are copied to the output before anything else happens to them
     Operand destination;      // fold, copy, scale
@@ -67,7 +68,11 @@ class Plan {
         return static_cast<size_t>(parameters.lanes) * static_cast<size_t>(parameters.scratch) *
                static_cast<size_t>(parameters.segment) * itemsize;
     }
-    // Number of the schedule's step that a row belongs to.
+    // What the user's buffers have, the larger.
+    uint64_t bytes() const {
+        return static_cast<uint64_t>(std::max(parameters.input_count, parameters.output_count)) * itemsize;
+    }
+    // Number of the schedule's step that a row belongs to, from 0.
     int step_of(size_t row) const;
     std::string blocks_of(size_t row) const;
 
@@ -85,6 +90,7 @@ class Plan {
     uint32_t most_remote = 0;    // messages that a step sends to remote peers
     mutable Protocol protocol;   // a plan runs once at a time
     mutable Seen seen;
+    mutable uint32_t text_number = 0;  // in the flight recorder
 };
 
 }  // namespace abccl

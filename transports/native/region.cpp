@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "failure.hpp"
+#include "faults.hpp"
 
 namespace abccl {
 namespace {
@@ -25,6 +26,12 @@ std::map<int, std::weak_ptr<Region>>& created() {
 
 [[noreturn]] void refuse(const std::string& what) {
     throw Failure(Kind::transport, "shared memory: " + what + ": " + std::strerror(errno));
+}
+
+void refuse_if_injected(faults::Point point, int error, const std::string& what) {
+    if (faults::pass(point) != faults::Action::refuse) return;
+    errno = error;
+    refuse(what);
 }
 
 void check_size(int fd, size_t bytes, const std::string& what) {
@@ -76,8 +83,9 @@ void Region::forget(size_t offset, size_t bytes) {
     fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(bytes));
 }
 
-std::shared_ptr<Region> Region::create(size_t bytes) {
-    int fd = memfd_create("abccl", MFD_CLOEXEC);
+std::shared_ptr<Region> Region::create(size_t bytes, const char* label) {
+    refuse_if_injected(faults::Point::create, ENOSPC, "memfd_create");
+    int fd = memfd_create(label, MFD_CLOEXEC);
     if (fd < 0) refuse("memfd_create");
     if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
         close(fd);
@@ -90,6 +98,7 @@ std::shared_ptr<Region> Region::create(size_t bytes) {
 }
 
 std::shared_ptr<Region> Region::create_named(size_t bytes, const std::string& name) {
+    refuse_if_injected(faults::Point::create, ENOSPC, "shm_open " + name);
     int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0) refuse("shm_open " + name);
     // Reserved at once: a full /dev/shm would be a bus error later.
@@ -111,12 +120,14 @@ std::shared_ptr<Region> Region::attach(int pid, int fd, size_t bytes) {
         return region;
     }
     std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
+    refuse_if_injected(faults::Point::attach, EACCES, "cannot open " + path);
     int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (own < 0) refuse("cannot open " + path);
     return attached(own, bytes, path);
 }
 
 std::shared_ptr<Region> Region::attach_named(const std::string& name, size_t bytes) {
+    refuse_if_injected(faults::Point::attach, EACCES, "cannot open " + name);
     int fd = shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0) refuse("cannot open " + name);
     return attached(fd, bytes, name);

@@ -12,7 +12,8 @@ namespace abccl {
 // memory is an anonymous memfd that peers open through /proc, or a named object that is unlinked once all have it.
 class Region {
   public:
-    static std::shared_ptr<Region> create(size_t bytes);
+    // `label` is what /proc calls it.
+    static std::shared_ptr<Region> create(size_t bytes, const char* label = "abccl");
     static std::shared_ptr<Region> create_named(size_t bytes, const std::string& name);
     // Within one process (ranks as threads) the creator's mapping itself is returned, so that ThreadSanitizer sees
     // both ends of a channel at one address.
