@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Collective, registry
-from ..errors import Aborted, ArgumentError, ClosedError, CollectiveError
+from ..errors import ArgumentError, ClosedError, CollectiveError
 from ..transports import Execution, Transport, _native
 from ..transports.joint import JOINT
 from ..transports.shm import ShmPlan, ShmTransport
@@ -28,6 +28,7 @@ from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
 from .device_calls import DeviceCalls
 from .driver import Driver
+from .failure_calls import FailureCalls
 from .members import Members
 from .memory import empty, registered_memory
 from .messages import MessageCalls
@@ -51,10 +52,12 @@ _ALL_REDUCE, _REDUCE_SCATTER, _ALL_GATHER, _BROADCAST, _ALL_TO_ALL, _REDUCE, _GA
 
 _SPLIT_TAG = -1
 
+_inits = itertools.count(1)
+
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, TunerCalls):
+class Communicator(DeviceCalls, FailureCalls, UnevenCalls, PersistentCalls, MessageCalls, TunerCalls):
     """One rank's end of a group. Made by `abccl.init`, `split`, or around a transport.
 
     Calls are collective: all ranks make the same ones in the same order. Arrays are numpy's, torch's or CuPy's,
@@ -66,6 +69,7 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         size: how many ranks there are.
         timeout: seconds that an operation waits for its peers.
         topology: which ranks share a host. Print it.
+        name: what messages to people call the group: "default" for all that were started together.
     """
 
     def __init__(
@@ -76,16 +80,18 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         reproducible: bool | None = None,
         topology: Topology | None = None,
         tuner: Tuner | None = None,
+        name: str = "",
     ) -> None:
         self.rank, self.size, self.timeout = transport.rank, transport.size, timeout
         self.topology = topology or topology_of([range(transport.size)])
         self._transport = transport
         self._native = transport.native if isinstance(transport, ShmTransport) else None
         self._driver = Driver(transport)
+        self._record(name)
         self._generation = _native.fork_generation()
         self._closed = False
         tuner = tuner or built_in_tuner(transport, self.topology, is_reproducible(reproducible))
-        self._binder = Binder(transport, tuner)
+        self._binder = Binder(transport, tuner, self._recorder)
         self._memory = registered_memory(transport)
         self._interned, self._device_messages = {}, {}
         self._messages: list[Any] = []  # their buffers stay alive until they are finished
@@ -300,9 +306,9 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
             return None
         members = [r for r in range(self.size) if everyone[r, 0] and everyone[r, 1] == color]
         members.sort(key=lambda r: (int(everyone[r, 2]), r))
-        name = self._transport.name
+        kind, name = self._transport.name, f"{self.name}/{number}.{color}"
         meeting = self._members(members, number)
-        return _connect(meeting, None if name == JOINT else name, self.timeout, self.reproducible, part=True)
+        return _connect(meeting, None if kind == JOINT else kind, self.timeout, self.reproducible, True, name)
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long operations that start from now on wait for their peers."""
@@ -312,22 +318,6 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
         self._dispatcher.set_timeout(self.timeout)
         if self._devices is not None:
             self._devices.set_timeout(self.timeout)
-
-    def observe(self, observer: Callable[[str], Callable[[Any], None]] | None) -> None:
-        """From now on tell `observer` of each collective on one host, in its caller's thread; None ends it.
-
-        It gets the call in words ("all_reduce(float32, sum, 4 elements, ring)") before the call starts, and what it
-        returns is called with the Work when it has started, or with None when it has run or failed.
-        """
-        self._dispatcher.set_observer(observer)
-
-    def abort(self, reason: str = "abort() was called") -> None:
-        """Make every rank's present and future calls raise `Aborted`. From any thread."""
-        self._check_usable()
-        error = Aborted(f"rank {self.rank}: {reason}")
-        if self._devices is not None:
-            self._devices.abort(error)
-        self._transport.abort(error)
 
     def close(self) -> None:
         """Give everything back. Pending operations fail. Not collective: end with a barrier if peers still need you."""
@@ -392,15 +382,14 @@ class Communicator(DeviceCalls, UnevenCalls, PersistentCalls, MessageCalls, Tune
 
     def _execute(
         self, prepared: Any, x: Array, out: Array, x_address: int, out_address: int, asynchronous: bool
-    ) -> Work | None:
-        """Run a plan of a transport that is not native."""
-        if self._devices is not None and isinstance(prepared, self._devices.Call):
-            return self._devices.run(prepared, x, out, asynchronous)
+    ) -> Any:
+        """Run a plan of a transport that is not native; with `asynchronous` returns its work."""
+        devices = self._devices
+        if devices is not None and isinstance(prepared, devices.Call):
+            return self._observed(prepared.plan.text, lambda: devices.run(prepared, x, out, asynchronous))
         start: Callable[[], Execution] = partial(prepared.start, x_address, out_address)
-        if asynchronous:
-            return self._driver.submit(start, self.timeout, (x, out))
-        self._driver.run(start, self.timeout, (x, out))
-        return None
+        run = self._driver.submit if asynchronous else self._driver.run
+        return self._observed(prepared.text, lambda: run(start, self.timeout, (x, out)))
 
     def _meeting(self, members: Sequence[int]) -> Members:
         return self._members(list(members), next(self._splits))
@@ -458,18 +447,27 @@ def connect(
     timeout: float = TIMEOUT,
     reproducible: bool | None = None,
     part: bool = False,
+    name: str | None = None,
 ) -> Communicator:
     """The communicator of the ranks that the bootstrap knows, all or a `part` of their job's; as `init`. Collective."""
-    return _connect(bootstrap, transport, timeout, reproducible, part)
+    return _connect(bootstrap, transport, timeout, reproducible, part, name)
 
 
 def _connect(
-    bootstrap: Bootstrap, transport: str | None, timeout: float, reproducible: bool | None, part: bool = False
+    bootstrap: Bootstrap,
+    transport: str | None,
+    timeout: float,
+    reproducible: bool | None,
+    part: bool = False,
+    name: str | None = None,
 ) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
     reached, topology = reach(bootstrap, wanted)
     tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
-    return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner)
+    if name is None:
+        number = next(_inits)
+        name = f"default {number}" if number > 1 else "default"
+    return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner, name=name)
 
 
 def _alive(reference: weakref.ref[Communicator]) -> Communicator:

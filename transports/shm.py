@@ -140,11 +140,13 @@ class ShmTransport(Transport):
         self.native = _native.Communicator(self.rank, self.geometry, region)
         self.native.set_names(self.names)
         self.native.announce(token)
+        self.recorder = self.native
         cores = sorted(os.sched_getaffinity(0))
         card = {"host": host_identity(), "pid": os.getpid(), "cores": cores}
         card |= {"fd": region.fd, "name": name, "token": token, "address": self.native.address_of_token}
         refusal, reads_all = "", True
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
+        self.token = cards[0]["token"]
         # All cores that any rank may use: a launcher may have bound each rank to one.
         self.cores = len({core for theirs in cards for core in theirs["cores"]})
         for peer, theirs in enumerate(cards):

@@ -28,6 +28,7 @@ struct Row {
                               // reclaim: of `reclaims`
     uint32_t peers, readers;  // send: first of its peers, and how many; recv: the peer, and 1
     int32_t reg;              // recv: the register that it fills; release: a peer of the step, or -1
+    uint32_t part;            // recv: number of its first part among all that the step receives
     bool lends;               // send: its parts may be read where they lie
     bool straight;            // recv: its parts are copied to the output before anything else happens to them
     Operand destination;      // fold, copy, scale
@@ -57,7 +58,8 @@ struct PlanParameters {
 
 class Plan {
   public:
-    // Throws Failure(argument) if the table would make the engine touch memory outside the buffers.
+    // Throws Failure(argument) if the plan would make the engine touch memory outside the buffers, read scratch that
+    // holds something else, take memory out of proportion to the code, or run without end.
     Plan(PlanParameters parameters, uint32_t lanes_available, size_t slot_bytes);
 
     int64_t elements(int32_t block, int64_t segment) const {
@@ -83,7 +85,8 @@ class Plan {
     std::vector<uint32_t> peers;
     std::vector<uint32_t> reclaims;  // rows of sends
     std::vector<Extent> extents;
-    size_t max_parts = 1;
+    size_t max_parts = 1;   // of a message, or sources of a fold
+    size_t step_parts = 0;  // of all messages that a step receives
     bool receives = false;
     bool lends = false;          // some send may be read in place
     size_t longest_message = 0;  // bytes

@@ -45,7 +45,10 @@ py::list operations_of(const Flight& flight, uint64_t entered, uint64_t before, 
         operation["number"] = number - before;
         operation["call"] = found->text;
         operation["bytes"] = found->bytes;
-        tell_times(operation, found->start, found->end, now);
+        // What ran when the communicator broke has failed, whoever found out.
+        const uint64_t failed = flight.failed.load(std::memory_order_acquire);
+        const uint64_t end = found->end == 0 && failed != 0 ? std::max(failed, found->start) | has_failed : found->end;
+        tell_times(operation, found->start, end, now);
         operations.append(operation);
     }
     return operations;
@@ -286,6 +289,22 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                      }
                  };
              })
+        .def(
+            "time_records",
+            [](Communicator& c, uint32_t calls) {
+                WithoutGil released;
+                Endpoint& endpoint = c.endpoint;
+                const std::string text = "barrier(timed)";
+                const uint32_t number = endpoint.recorder().text(text, 0);
+                const uint64_t start = ticks();
+                for (uint32_t call = 0; call < calls; ++call) {
+                    endpoint.enter(0, text, number);
+                    endpoint.finish();
+                }
+                const ClockReading now = ClockReading::now();
+                return static_cast<double>(now.counted - start) * now.ns_per_tick * 1e-9;
+            },
+            py::arg("calls"), "Seconds that so many collectives take that do nothing but to be recorded.")
         .def("gone", [](const Communicator& c, uint32_t peer) { return c.endpoint.gone(peer); })
         .def("board_publish",
              [](Communicator& c, uint64_t round, const py::bytes& blob) {

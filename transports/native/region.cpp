@@ -16,6 +16,9 @@
 namespace abccl {
 namespace {
 
+// No process can change the length: what then touched the end would die of SIGBUS. (Pages may be given back.)
+constexpr int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
 std::mutex created_mutex;
 
 // Regions that this process created, by file descriptor.
@@ -40,6 +43,13 @@ void check_size(int fd, size_t bytes, const std::string& what) {
         close(fd);
         throw Failure(Kind::transport, "shared memory: " + what + " is not the peer's memory: its size differs");
     }
+}
+
+void check_sealed(int fd, const std::string& what) {
+    const int found = fcntl(fd, F_GET_SEALS);  // -1 of other files
+    if (found >= 0 && (found & seals) == seals) return;
+    close(fd);
+    throw Failure(Kind::transport, "shared memory: " + what + " is not memory that a rank made: it is not sealed");
 }
 
 }  // namespace
@@ -85,10 +95,13 @@ void Region::forget(size_t offset, size_t bytes) {
 
 std::shared_ptr<Region> Region::create(size_t bytes, const char* label) {
     refuse_if_injected(faults::Point::create, ENOSPC, "memfd_create");
-    int fd = memfd_create(label, MFD_CLOEXEC);
+    int fd = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0) refuse("memfd_create");
-    if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+    // The kernel makes it with mode 0777.
+    if (ftruncate(fd, static_cast<off_t>(bytes)) != 0 || fchmod(fd, 0600) != 0 || fcntl(fd, F_ADD_SEALS, seals) != 0) {
+        const int error = errno;
         close(fd);
+        errno = error;
         refuse("cannot reserve " + std::to_string(bytes) + " bytes");
     }
     std::shared_ptr<Region> region(new Region(fd, bytes, ""));
@@ -123,6 +136,7 @@ std::shared_ptr<Region> Region::attach(int pid, int fd, size_t bytes) {
     refuse_if_injected(faults::Point::attach, EACCES, "cannot open " + path);
     int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (own < 0) refuse("cannot open " + path);
+    check_sealed(own, path);
     return attached(own, bytes, path);
 }
 

@@ -10,6 +10,7 @@ namespace abccl {
 
 // A mapping, zero-filled when created. Pages are touched only when used. Nothing is left behind by a crash: the
 // memory is an anonymous memfd that peers open through /proc, or a named object that is unlinked once all have it.
+// Both are of mode 0600, and no process can change the length of a memfd.
 class Region {
   public:
     // `label` is what /proc calls it.
