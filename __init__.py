@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         init,
         premul_sum,
         register_chooser,
+        report,
         spawn,
         unregister_chooser,
     )

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..algorithms import Algorithm, Collective, replay
-from ..algorithms.plan import Scaling, Sizes, Skeleton, bind, cut, exchange, exchange_matrix, lower, parts
+from ..algorithms.plan import Plan, Scaling, Sizes, Skeleton, bind, cut, exchange, exchange_matrix, lower, parts
 from ..errors import ArgumentError
 from ..transports import NativeCall, Operation, Transport
+from ..transports.recorder import recorded
 from ..transports.types import NUMBERS, OPERATORS, check_operator
 from .arrays import Array, View, view
+from .debug import Log
 from .native import prepare_native
 from .reproducible import check_reproducible
 from .tuner.asked import NATIVE
@@ -28,6 +30,9 @@ OWN_SPLITS_SUFFICE = (*FORWARDING_FREE, NATIVE)
 
 _PROVED_UP_TO = 64
 _LIBRARY = Algorithm.__module__.rpartition(".")[0]
+_LISTED = 44
+"""How many characters a list of sizes may have in the words for a call: peers see some 160 of them."""
+
 _NOTHING = View("", "uint8", 0, 1, 0)
 
 
@@ -72,12 +77,18 @@ class Binder:
 
     Args:
         tuner: chooses where nobody else does.
+        recorder: the flight recorder that hears of runs, if their engine does not tell it.
+
+    Attributes:
+        log: says what was chosen, if anybody wants to know.
     """
 
-    def __init__(self, transport: Transport, tuner: Tuner) -> None:
+    def __init__(self, transport: Transport, tuner: Tuner, recorder: Any = None) -> None:
         self.rank, self.size = transport.rank, transport.size
+        self._recorder = recorder
         self.reproducible = tuner.place.reproducible
         self.tuner = tuner
+        self.log: Log | None = None
         self._transport = transport
         self._skeletons: dict[tuple[Algorithm, int, Scaling], Skeleton] = {}
 
@@ -111,6 +122,7 @@ class Binder:
         choice = decision.choice
         chosen = choice.algorithm
         if chosen == NATIVE:
+            self._tell(collective, nbytes, decision)
             return self._native(collective, source, target, uneven, int(root), (kernel, scaling, factor))
         assert isinstance(chosen, Algorithm)
         _prove(chosen, self.size)
@@ -128,15 +140,21 @@ class Binder:
             protocol=choice.protocol,
             forced=decision.forced,
         )
-        text = self._describe(collective, source, target, uneven, int(root), chosen.name)
-        signature = zlib.crc32(f"{text} {plan.lanes} {self._transport.slot_bytes} {choice.segment}".encode())
+        self._tell(collective, nbytes, decision, plan)
+        agreed = self._describe(collective, source, target, uneven, int(root), chosen.name)
+        signature = zlib.crc32(f"{agreed} {plan.lanes} {self._transport.slot_bytes} {choice.segment}".encode())
+        text = self._describe(collective, source, target, uneven, int(root), chosen.name, own=True)
         straight = chosen.name in FORWARDING_FREE and _is_ours(chosen) and not collective.reduces
         operation = Operation(NUMBERS[known.dtype], OPERATORS[kernel], factor, signature, text, straight)
         prepared = self._transport.prepare(plan, operation)
         native = getattr(prepared, "native", None)
         if native is not None:
             self.tuner.watch(collective, nbytes, decision, lambda: native.median)
-        return prepared
+        return recorded(prepared, self._recorder, text, _larger(source, target))
+
+    def _tell(self, collective: Collective, nbytes: int, decision: Decision, plan: Plan | None = None) -> None:
+        if self.log is not None:
+            self.log.choice(self.tuner, collective, nbytes, decision, plan, self._transport.slot_bytes)
 
     def _views(
         self, collective: Collective, x: Array, out: Array, root: int, uneven: Uneven
@@ -260,7 +278,8 @@ class Binder:
             uneven.received,
             self._describe(collective, source, target, uneven, root, NATIVE),
         )
-        return prepare_native(self._transport, call, scaling, factor)
+        prepared = prepare_native(self._transport, call, scaling, factor)
+        return recorded(prepared, self._recorder, call.text, _larger(source, target))
 
     def _sizes(
         self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, blocks: int
@@ -312,19 +331,27 @@ class Binder:
         uneven: Uneven,
         root: int,
         chosen: str,
+        own: bool = False,
     ) -> str:
-        """The call in words that are the same on every rank that makes it."""
+        """The call in words that are the same on every rank that makes it; or with this rank's `own` parts."""
         if collective is Collective.BARRIER:
             return f"barrier({chosen})"
         known = (target if collective is Collective.SCATTER else source) or _NOTHING
         what = f"{known.count} elements"
         if collective is Collective.ALL_TO_ALL:
-            what = "parts"  # one rank may give its splits where another's are equal: messages tell their lengths
+            # One rank may give its splits where another's are equal: messages tell their lengths.
+            what = self._exchanged(known.count, uneven) if own else "parts"
         elif uneven.counts is not None:
-            what = f"{sum(uneven.counts)} elements in uneven parts {zlib.crc32(repr(uneven.counts).encode()):x}"
+            what = f"{sum(uneven.counts)} elements in parts {_listed(uneven.counts)}"
         op = f"reproducible {uneven.op}" if self.reproducible else f"{uneven.op}"
         details = [known.dtype, *([op] * collective.reduces), what, *([f"root {root}"] * collective.rooted)]
         return f"{collective.value}({', '.join(details)}, {chosen})"
+
+    def _exchanged(self, count: int, uneven: Uneven) -> str:
+        """What this rank sends and receives in an all_to_all, in words."""
+        even = (count // self.size,) * self.size
+        sent, received = uneven.sent or even, uneven.received or even
+        return f"sends {_listed(sent)}, receives {_listed(received)}"
 
     def _skeleton(self, algorithm: Algorithm, root: int, scaling: Scaling) -> Skeleton:
         key = (algorithm, root, scaling)
@@ -351,6 +378,21 @@ def check_splits(array: Array, of: str, name: str, splits: Sequence[int] | None,
             f"{list(checked)}, which add up to {sum(checked)}"
         )
     return checked
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """The numbers; of many the first, and a checksum of all."""
+    words = [str(number) for number in numbers]
+    if len(", ".join(words)) <= _LISTED:
+        return f"[{', '.join(words)}]"
+    while len(", ".join(words)) > _LISTED - 12:
+        words.pop()
+    return f"[{', '.join(words)}, ... {zlib.crc32(repr(tuple(numbers)).encode()):08x}]"
+
+
+def _larger(*views: View | None) -> int:
+    """Bytes of the larger buffer."""
+    return max((one.count * one.itemsize for one in views if one is not None), default=0)
 
 
 def _is_ours(algorithm: Algorithm) -> bool:

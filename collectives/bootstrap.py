@@ -33,6 +33,7 @@ from typing import Any
 
 from ..errors import ArgumentError, DeadlineExceeded, TransportError
 from ..transports import Transport
+from .debug import say_start
 from .rendezvous import make_store
 
 TIMEOUT = 300.0
@@ -44,6 +45,8 @@ class Bootstrap(ABC):
 
     rank: int
     size: int
+    how = "their maker brought them together"
+    """How the ranks were started and meet, in words."""
     _made: Any = None
     _networks = 0
 
@@ -92,7 +95,7 @@ class Bootstrap(ABC):
 class Alone(Bootstrap):
     """The only rank."""
 
-    rank, size = 0, 1
+    rank, size, how = 0, 1, "this process is alone: no launcher has set its variables"
 
     def exchange(self, data: bytes) -> list[bytes]:
         """The own data."""
@@ -106,8 +109,17 @@ class StoreBootstrap(Bootstrap):
     an exchange are deleted one exchange later, when every rank must have read them.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, prefix: str, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        prefix: str,
+        timeout: float = TIMEOUT,
+        how: str = "ranks meet by a store of torch.distributed's",
+    ) -> None:
         self._store, self.rank, self.size, self.prefix, self.timeout = store, rank, size, prefix, timeout
+        self.how = how
         self.round = 0
 
     def exchange(self, data: bytes) -> list[bytes]:
@@ -140,6 +152,8 @@ class StoreBootstrap(Bootstrap):
 
 class MPIBootstrap(Bootstrap):
     """The ranks of an mpi4py communicator. Works on a duplicate, `comm`, that nobody else sends on."""
+
+    how = "ranks meet by a communicator of mpi4py's"
 
     def __init__(self, comm: Any, timeout: float = TIMEOUT) -> None:
         self.rank, self.size, self.timeout = comm.Get_rank(), comm.Get_size(), timeout
@@ -234,6 +248,7 @@ def find(environment: Mapping[str, str] | None = None, timeout: float = TIMEOUT)
     """
     environment = os.environ if environment is None else environment
     if spawned is not None:
+        spawned.how = "started by abccl.spawn; ranks meet through its pipes"
         return spawned
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _torchrun(environment, timeout)
@@ -262,9 +277,11 @@ def _torchrun(environment: Mapping[str, str], timeout: float) -> Bootstrap:
         )
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     port = _integer("MASTER_PORT", environment)
+    how = f"started by torchrun; ranks meet by the store at {environment['MASTER_ADDR']}:{port}"
+    say_start(rank, size, how)
     store = _store(environment["MASTER_ADDR"], port, rank == 0 and not agent, timeout)
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return StoreBootstrap(store, rank, size, f"abccl/{attempt}/{next(_inits)}", timeout)
+    return StoreBootstrap(store, rank, size, f"abccl/{attempt}/{next(_inits)}", timeout, how)
 
 
 def _slurm(environment: Mapping[str, str], timeout: float) -> Bootstrap:
@@ -279,8 +296,10 @@ def _slurm(environment: Mapping[str, str], timeout: float) -> Bootstrap:
     step = f"{environment.get('SLURM_JOB_ID', environment.get('SLURM_JOBID', '0'))}.{environment['SLURM_STEP_ID']}"
     # The ephemeral ports, which any connection may hold, begin at 32768 on Linux: stay below.
     port = 16384 + zlib.crc32(step.encode()) % 16384
+    how = f"started by srun; ranks meet by the store at {first_host(nodes)}:{port}"
+    say_start(rank, size, how)
     store = _store(first_host(nodes), port, rank == 0, timeout)
-    return StoreBootstrap(store, rank, size, f"abccl/{step}/{next(_inits)}", timeout)
+    return StoreBootstrap(store, rank, size, f"abccl/{step}/{next(_inits)}", timeout, how)
 
 
 def first_host(nodes: str) -> str:
@@ -296,13 +315,19 @@ def _mpirun(launcher: str, size_variable: str, environment: Mapping[str, str], t
         _worlds["world"] = MPIBootstrap(mpi.COMM_WORLD, timeout)
     bootstrap = _worlds["world"]
     bootstrap.timeout = timeout
+    bootstrap.how = f"started by mpirun; ranks meet by mpi4py over {_library(mpi)}"
     if size_variable in environment and _integer(size_variable, environment) != bootstrap.size:
-        library = mpi.Get_library_version().split(",")[0].strip()
         raise TransportError(
             f"{launcher} started {environment[size_variable]} processes, and mpi4py sees {bootstrap.size}: it uses "
-            f"another MPI ({library}). Start them by that one's mpirun, or install mpi4py for {launcher}"
+            f"another MPI ({_library(mpi)}). Start them by that one's mpirun, or install mpi4py for {launcher}"
         )
     return bootstrap
+
+
+def _library(mpi: Any) -> str:
+    """The MPI library, as in Open MPI v5.0.8."""
+    first: str = mpi.Get_library_version().splitlines()[0]
+    return " ".join(first.split(",")[0].split())
 
 
 def _mpi(reason: str) -> Any:

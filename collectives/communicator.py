@@ -26,6 +26,7 @@ from .arrays import Array, view
 from .binding import Binder, PremulSum, Uneven
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
 from .bootstrap import Bootstrap, MPIBootstrap, find
+from .debug import say_connected, say_start
 from .device_calls import DeviceCalls
 from .driver import Driver
 from .failure_calls import FailureCalls
@@ -39,7 +40,6 @@ from .shortcut import shortcut
 from .tuner.tuner import AlgorithmLike, Tuner
 from .tuning import TunerCalls, built_in_tuner, tuned
 from .uneven_calls import UnevenCalls
-from .work import Work
 
 TIMEOUT = 600.0
 """Seconds that an operation waits for its peers, unless told otherwise."""
@@ -105,6 +105,7 @@ class Communicator(DeviceCalls, FailureCalls, UnevenCalls, PersistentCalls, Mess
             timeout,
         )
         self._call: Callable[..., Any] = self._dispatcher.function()
+        self._speak()
         _open.add(self)
 
     def __repr__(self) -> str:
@@ -462,11 +463,13 @@ def _connect(
     name: str | None = None,
 ) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
-    reached, topology = reach(bootstrap, wanted)
-    tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
     if name is None:
         number = next(_inits)
         name = f"default {number}" if number > 1 else "default"
+    say_start(bootstrap.rank, bootstrap.size, bootstrap.how, name)
+    reached, topology = reach(bootstrap, wanted)
+    tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
+    say_connected(wanted, reached, topology, tuner, name)
     return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner, name=name)
 
 

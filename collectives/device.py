@@ -23,6 +23,7 @@ from ..transports.device import DeviceExecution, DevicePlan, DeviceTransport
 from .arrays import CPU, Array, View, current_stream, view
 from .binding import Binder
 from .bootstrap import Bootstrap
+from .debug import Log
 from .device_messages import ordinal_of
 from .device_reach import reach_devices
 from .driver import Driver
@@ -93,6 +94,12 @@ class DeviceSide:
     ) -> Explanation:
         """See `Communicator.explain`: of arrays on devices."""
         return explained(self.tuner, collective, nbytes, algorithm)
+
+    def tell(self, log: Log | None) -> None:
+        """Say what carries messages between devices, and from now on what is chosen."""
+        self._binder.log = log
+        if log is not None:
+            log.common("device", f"{self}")
 
     def forget(self) -> None:
         """Plans are made anew: an algorithm has changed."""

@@ -11,6 +11,7 @@ from ..algorithms import Collective
 from ..transports import Transport
 from .arrays import Array, View, is_on_device
 from .bootstrap import Bootstrap
+from .debug import Log
 from .persistent import Persistent, PersistentExecution
 from .tuner.tuner import AlgorithmLike, Tuner
 
@@ -28,6 +29,7 @@ class DeviceCalls(ABC):
     _transport: Transport
     _devices: DeviceSide | None = None
     _device_messages: dict[int, DeviceMessages]
+    _log: Log | None = None
 
     @property
     def devices(self) -> DeviceSide | None:
@@ -45,6 +47,7 @@ class DeviceCalls(ABC):
 
             meeting = self._meeting(range(self.size))
             self._devices = connect_devices(meeting, self._transport, array, call, self.tuner, self.timeout)
+            self._devices.tell(self._log)
         return self._devices
 
     def _messages_on_device(self, found: View) -> DeviceMessages:

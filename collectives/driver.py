@@ -14,8 +14,12 @@ from typing import Any
 
 from ..errors import AbcclError, Aborted
 from ..transports import Execution, Transport
+from ..transports.recorder import recorder_of
+from ..transports.shm import abort_native
 from .mailbox import Mailbox, Message
 from .work import Times, Work
+
+_BROKEN = " (since then the communicator is broken: close it and make another)"
 
 TICK = 0.02
 """Seconds between looks at deadlines."""
@@ -28,6 +32,7 @@ class DrivenWork(Work):
         self._driver, self._keep = driver, keep
         self._error: BaseException | None = None
         self.message: Message | None = None
+        self.recorded = 0  # the message's number in the flight recorder
         self.started = self.ended = 0.0
         self.done = False
 
@@ -57,6 +62,9 @@ class DrivenWork(Work):
     def finish(self, error: BaseException | None) -> None:
         """It has ended, by this error if it failed."""
         self.ended = time.monotonic()
+        if self.message is not None:
+            peer = self.message.source if error is None and not self.message.sends else -1
+            self._driver.recorder.end_message(self.recorded, peer, error is None)
         if error is None:
             self._keep = None
         self._error, self.done = error, True
@@ -76,14 +84,18 @@ class Driver:
 
     Args:
         transport: what they run on.
+
+    Attributes:
+        recorder: what keeps the flight recorder.
     """
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        self._transport, self.recorder = transport, recorder_of(transport)
         self._mailbox = Mailbox(transport)
         # Of all below and of the transport. The collector may close another communicator, or this, at any moment.
         self._lock = threading.RLock()
         self._runs: deque[_Run] = deque()
+        self._broken: AbcclError | None = None
         self._waiting = 0  # threads that wait for some work, and so drive
         self._nobody_waits = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -144,13 +156,17 @@ class Driver:
             self._end_all(error)
 
     def _queue(self, start: Callable[[], Execution], timeout: float, keep: Any) -> DrivenWork:
+        self._check_usable()
         work = DrivenWork(self, keep)
         with self._lock:
             self._runs.append(_Run(start, timeout, work))
         return work
 
     def _post(self, post: Callable[[Mailbox, Message], None], message: Message, keep: Any) -> DrivenWork:
+        self._check_usable()
         work = DrivenWork(self, keep)
+        if message.tag is None or message.tag >= 0:  # the others are the library's own
+            work.recorded = self.recorder.begin_message(message.sends, message.peer, message.tag, message.data.nbytes)
         work.message, message.finish = message, work.finish
         try:
             with self._lock:
@@ -184,9 +200,16 @@ class Driver:
             self._transport.progress()
             return self._mailbox.progress()
 
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            text = str(self._broken).removesuffix(_BROKEN)  # shared memory says so, too
+            raise type(self._broken)(text + _BROKEN)
+
     def _fail(self, error: AbcclError) -> None:
         self._transport.abort(error)
+        abort_native(self.recorder, error)
         with self._lock:
+            self._broken = self._broken or error
             self._end_all(error)
 
     def _end_all(self, error: AbcclError) -> None:

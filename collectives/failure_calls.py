@@ -13,6 +13,8 @@ from ..transports import Transport
 from ..transports.flight import Snapshot, own_snapshot
 from ..transports.recorder import recorder_of
 from . import flight
+from .binding import Binder
+from .debug import Log, Observer, Tracer, both, log_of
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -29,7 +31,10 @@ class FailureCalls(ABC):
     _devices: Any
     _recorder: Any
     _shrinking: Any = None  # what `shrink` is at
-    _observer: Callable[[str], Callable[[Any], None]] | None = None
+    _binder: Binder
+    _log: Log | None = None
+    _tracer: Tracer | None = None
+    _observer: Observer | None = None
 
     @abstractmethod
     def _check_usable(self) -> None:
@@ -42,20 +47,29 @@ class FailureCalls(ABC):
         self._recorder.set_group(name, self._transport.token)
         flight.attend(self)
 
-    def observe(self, observer: Callable[[str], Callable[[Any], None]] | None) -> None:
+    def _speak(self) -> None:
+        """Say what is chosen and done, if ABCCL_DEBUG asks for it."""
+        self._log = self._binder.log = log_of(self.rank, self.size, self.name)
+        if self._log is not None and self._log.traces:
+            self._recorder.set_records_steps(True)
+            self._tracer = Tracer(self._log, self._recorder)
+            self.observe(None)
+
+    def observe(self, observer: Observer | None) -> None:
         """From now on tell `observer` of each collective, in its caller's thread; None ends it.
 
         It gets the call in words ("all_reduce(float32, sum, 4 elements, ring)") before the call starts, and what it
-        returns is called with the Work when it has started, or with None when it has run or failed.
+        returns is called with the Work when it has started, with None when it has run, or with False when it failed.
         """
-        self._observer = observer
-        self._dispatcher.set_observer(observer)
+        self._observer = both(self._tracer, observer)
+        self._dispatcher.set_observer(self._observer)
 
     def _observed(self, text: str, run: Callable[[], Any]) -> Any:
         """Run a call that the dispatcher does not observe."""
         if self._observer is None:
             return run()
-        ended, result = self._observer(text), None
+        ended = self._observer(text)
+        result: Any = False
         try:
             result = run()
         finally:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from operator import index
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, overload
 
 from ..errors import ArgumentError, CollectiveError, DeadlineExceeded, PeerLost, RankFailed
 from . import bootstrap
@@ -36,6 +36,30 @@ EXIT = 10.0
 _STARTED, _EXCHANGE, _RETURNED, _FAILED, _PEER_FAILED, _LOST = (bytes([number]) for number in range(6))
 
 
+@overload
+def spawn(
+    fn: Callable[..., T],
+    ranks: SupportsIndex = ...,
+    args: Sequence[Any] = ...,
+    *,
+    timeout: float | None = ...,
+    start_method: str = ...,
+    on_failure: Literal["end"] = ...,
+) -> list[T]: ...
+
+
+@overload
+def spawn(
+    fn: Callable[..., T],
+    ranks: SupportsIndex = ...,
+    args: Sequence[Any] = ...,
+    *,
+    timeout: float | None = ...,
+    start_method: str = ...,
+    on_failure: Literal["continue"],
+) -> list[T | RankFailed]: ...
+
+
 def spawn(
     fn: Callable[..., T],
     ranks: SupportsIndex = 4,
@@ -43,16 +67,21 @@ def spawn(
     *,
     timeout: float | None = None,
     start_method: str = "spawn",
-) -> list[T]:
+    on_failure: Literal["end", "continue"] = "end",
+) -> list[T] | list[T | RankFailed]:
     """Run fn(*args) in `ranks` new processes, in which `abccl.init()` joins them, and return their results in order.
 
-    If a rank fails the others are ended, at once if need be; so they are on Ctrl-C and when the parent dies. With more
-    than one rank, children that are not told otherwise use one thread each (OMP_NUM_THREADS=1), as torchrun does.
+    If a rank fails the others are ended, at once if need be, unless they are to continue; so they are on Ctrl-C and
+    when the parent dies. With more than one rank, children that are not told otherwise use one thread each
+    (OMP_NUM_THREADS=1), as torchrun does.
 
     Args:
         fn: a function that a new process can import: at the top level of a module, not a lambda.
         timeout: seconds for all of it.
         start_method: of multiprocessing. "fork" takes any function but is unsafe once this process has threads.
+        on_failure: "continue" lets the other ranks live when one fails, so that they can `shrink`. In the list a rank
+            that failed then has its RankFailed in place of a result; nothing is raised for it. Survivors that call
+            `abccl.init()` again raise PeerLost at once.
 
     Raises:
         ArgumentError: an argument is not what is wanted, or can not be taken to a new process.
@@ -70,13 +99,15 @@ def spawn(
     if start_method not in multiprocessing.get_all_start_methods():
         known = ", ".join(multiprocessing.get_all_start_methods())
         raise ArgumentError(f"no start method {start_method!r}: there are {known}")
+    if on_failure not in ("end", "continue"):
+        raise ArgumentError(f'spawn: on_failure is "end" or "continue", and not {on_failure!r}')
     if start_method != "fork":
         _check_importable(fn)
-    family = _Family(size, None if timeout is None else time.monotonic() + timeout)
+    family = _Family(size, None if timeout is None else time.monotonic() + timeout, on_failure == "continue")
     try:
         family.start(fn, tuple(args), start_method)
         family.run(timeout)
-        return [pickle.loads(result) for _, result in sorted(family.results.items())]
+        return [family.outcome(rank) for rank in range(size)]
     finally:
         family.end()
 
@@ -84,8 +115,9 @@ def spawn(
 class _Family:
     """The parent's view of its ranks."""
 
-    def __init__(self, size: int, deadline: float | None) -> None:
+    def __init__(self, size: int, deadline: float | None, goes_on: bool) -> None:
         self.size, self.deadline = size, deadline
+        self.goes_on = goes_on  # although ranks fail
         self.processes: list[Any] = []
         self.pipes: list[Connection[Any, Any]] = []
         self.started: set[int] = set()
@@ -121,22 +153,28 @@ class _Family:
             RankFailed: as `spawn`.
             DeadlineExceeded: as `spawn`.
         """
-        while len(self.results) < self.size and not self.failures:
+        while len(self.results.keys() | self.failures.keys()) < self.size and (self.goes_on or not self.failures):
             if not self._serve(self.deadline):
-                late = sorted(set(range(self.size)) - self.results.keys())
+                late = sorted(set(range(self.size)) - self.results.keys() - self.failures.keys())
                 raise DeadlineExceeded(
                     f"spawn: {_ranks(late)} of {self.size} had not returned after {timeout:g} s, and were ended: give "
                     f"a longer timeout, or find what they wait for"
                 )
         until = time.monotonic() + EXIT
-        while len(self.ended) < self.size and not self.failures and self._serve(until):
+        while len(self.ended) < self.size and (self.goes_on or not self.failures) and self._serve(until):
             pass
-        if self.failures:
+        if self.failures and not self.goes_on:
             # The first to report is often not the first to fail: it lost its peer. Hear the others.
             until = time.monotonic() + GRACE
             while len(self.ended) < self.size and self._serve(until):
                 pass
             raise RankFailed(self._report())
+
+    def outcome(self, rank: int) -> Any:
+        """What the rank returned, or how it failed."""
+        if rank in self.failures:
+            return RankFailed(self.failures[rank][1].rstrip())
+        return pickle.loads(self.results[rank])
 
     def end(self) -> None:
         """Leave no process and no pipe behind, whatever happened."""

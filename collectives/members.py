@@ -22,6 +22,8 @@ class Members(Bootstrap):
         network: makes a transport of these ranks that needs no common host: see `Transport.split`.
     """
 
+    how = "some ranks of another group, which meet by its messages"
+
     def __init__(
         self,
         transfer: Callable[..., Any],

@@ -24,6 +24,9 @@ from .tuner.table import LINKS, NEAR, Table, built_in
 from .tuner.tuner import Tuner
 from .tuning import key_of, own_rules, reads_tables
 
+_MOST = 1 << 20
+"""Ranks of a table that anybody has measured."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -51,8 +54,7 @@ def offline_tuner(ranks: int, hosts: int = 1, link: str | None = None, file: Pat
     """
     sizes = _blocks(ranks, hosts)
     if file is not None:
-        key, content = store.read(file)
-        known = [_kept(key, Table.from_json(content), sizes)]
+        known = [_kept(*_read(file), sizes)]
     else:
         known = [one for place, name in _places(sizes) for one in _tables(place, name, link or "")]
     if known:
@@ -69,9 +71,33 @@ def layout_of(file: Path) -> tuple[int, int]:
     Raises:
         ArgumentError: the file is no table.
     """
-    key, _ = store.read(file)
+    key, _ = _read(file)
     sizes = key["ranks"]
     return sum(sizes), len(sizes)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Table]:
+    """What a table's file was measured with, and the table.
+
+    Raises:
+        ArgumentError: the file is no table.
+    """
+    key, content = store.read(file)
+    try:
+        sizes, cores = key["ranks"], key["cores"]
+        if not all(isinstance(key[name], str) and key[name].strip() for name in ("transports", "link")):
+            raise ArgumentError("transports and link must be words")
+        if not (isinstance(sizes, list) and sizes and all(map(_is_count, [*sizes, cores])) and sum(sizes) <= _MOST):
+            raise ArgumentError("ranks of each host, and cores, must be numbers from 1 up")
+        return key, Table.from_json(content)
+    except KeyError as error:
+        raise ArgumentError(f"{file} is no table of the tuner: its key lacks {error}") from None
+    except ArgumentError as error:
+        raise ArgumentError(f"{file}: {error}") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _blocks(ranks: int, hosts: int) -> list[int]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import AbcclError, Aborted, ArgumentError, TransportError
 from ..transports import Transport
+from ..transports.asking_bulletin import AskingBulletin
+from ..transports.bulletin import Bulletin, Own
 from ..transports.joint import JOINT, JointTransport, joint_order, joint_slot_bytes
 from ..transports.shm import ShmTransport
+from ..transports.store_bulletin import StoreBulletin, innermost
 from ..transports.topology import Exchange, Topology, find_topology
 from .bootstrap import Bootstrap
 
@@ -53,6 +58,7 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     members = (rank,) if by_network else topology.host_of(rank).ranks
     largest_host = 1 if by_network else max(map(len, topology.groups))
     network = bootstrap.network(wanted)
+    carrier = _carrier(network)
     exchange = _among(members, bootstrap.exchange)
     names = joint_order(members, size)
     slot = joint_slot_bytes(largest_host, network)
@@ -61,8 +67,34 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     except BaseException as error:
         network.abort(error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}"))
         network.close()
+        if isinstance(carrier, Transport):
+            carrier.close()
         raise
-    return JointTransport(local, members, network, network.name if by_network else JOINT), topology
+    joint = JointTransport(local, members, network, network.name if by_network else JOINT)
+    joint.bulletin = _bulletin(carrier, local, rank, topology)
+    return joint, topology
+
+
+def _carrier(network: Transport) -> Any:
+    """What a bulletin is made on: a store of torch's, or a transport for it alone; None if neither is. Collective."""
+    store = getattr(network, "store", None)
+    if store is None:
+        return network.split(range(network.size), "bulletin")
+    # A FileStore grows with each value that is written into it.
+    return store if type(innermost(store)).__name__ == "TCPStore" else None
+
+
+def _bulletin(carrier: Any, local: ShmTransport, rank: int, topology: Topology) -> Bulletin | None:
+    hosts = {member: host.name for host in topology.hosts for member in host.ranks}
+    native = local.native
+    names = [hosts[member] for member in range(len(hosts))]
+    if carrier is None:
+        return None
+    own = Own(rank, len(hosts), names, native.position, native.status_words, native.note)
+    if isinstance(carrier, Transport):
+        return AskingBulletin(carrier, own)
+    prefix = importlib.import_module("torch.distributed").PrefixStore
+    return StoreBulletin(prefix("bulletin", carrier), own)
 
 
 def _check_agreed(wishes: Sequence[bytes]) -> None:

@@ -167,13 +167,13 @@ def tuned(
     place = replace(place, cores=told["cores"], protocol=told["protocol"])
     rules = parse(told["rules"], told["source"]) if told["rules"] else ()
     if told["table"] is not None:
-        return Tuner(place, table_of(json.dumps(told["table"])), rules, told["link"])
-    link, table = _measured(transport, place, told["link"], exchange, part)
-    return Tuner(place, table, rules, link)
+        return Tuner(place, table_of(json.dumps(told["table"])), rules, told["link"], told["how"])
+    link, table, how = _measured(transport, place, told["link"], exchange, part)
+    return Tuner(place, table, rules, link, how)
 
 
-def _measured(transport: Transport, place: Place, link: str, exchange: Exchange, part: bool) -> tuple[str, Table]:
-    """The link class of the ranks, and a table that was measured in it; rank 0 keeps it for others. Collective."""
+def _measured(transport: Transport, place: Place, link: str, exchange: Exchange, part: bool) -> tuple[str, Table, str]:
+    """The link class of the ranks, a table that was measured in it, and how; rank 0 keeps it for others. Collective."""
     start = time.monotonic()
     with measuring(transport, place, link) as (stopwatch, everything), _progress(transport) as progress:
         left = BUDGET
@@ -188,9 +188,11 @@ def _measured(transport: Transport, place: Place, link: str, exchange: Exchange,
             if (now == link and good) or left < BUDGET / 2:
                 break
             link = now
-    if transport.rank == 0 and now == link and good:
-        store.save(key_of(place, link, carriers(transport), part), table.to_json())
-    return now, table
+    how = f"measured now, in {spent:.1f} s: there was no table of such ranks"
+    if now != link or not good:
+        return now, table, f"{how}; not kept, as something else used the machine or its cores moved"
+    file = store.save(key_of(place, link, carriers(transport), part), table.to_json()) if transport.rank == 0 else None
+    return now, table, f"{how}; kept in {file}" if file else how
 
 
 @contextmanager
@@ -237,12 +239,17 @@ def _told(transport: Transport, place: Place, part: bool) -> dict[str, Any]:
     link = link_of(transport)
     text, source = from_environment(), os.environ.get(RULES, "")
     parse(text, source)
-    if not reads_tables() or local_part(transport) is None:
-        table: Table | None = built_in(link)
+    table: Table | None = built_in(link)
+    if not reads_tables():
+        how = f"built-in: {ENVIRONMENT} asks for it"
+    elif local_part(transport) is None:
+        how = "built-in: ranks that are threads of a process are not measured"
     else:
-        table = kept_table(key_of(place, link, carriers(transport), part))
+        key = key_of(place, link, carriers(transport), part)
+        table = kept_table(key)
+        how = f"kept in {store.path(key)}" if table else ""
     about = {"link": link, "cores": place.cores, "protocol": place.protocol, "rules": text, "source": source}
-    return {**about, "table": table and table.to_json()}
+    return {**about, "table": table and table.to_json(), "how": how}
 
 
 def kept_table(key: dict[str, Any]) -> Table | None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What is chosen must not depend on how fast the machine is today, and nothing is to be left in the user's cache.
 os.environ["ABCCL_TUNER"] = "built-in"
+os.environ.setdefault("ABCCL_FLIGHT_DIR", "off")
 
 # Odd and even, and few enough for a small machine. ABCCL_TEST_RANKS=4 or 2,5 says otherwise.
 RANKS = [int(word) for word in os.environ.get("ABCCL_TEST_RANKS", "2,3").split(",")]

@@ -3,11 +3,15 @@
 hosts_program.py check 2,1,1     everything that a communicator does, on hosts of 2, 1 and 1 ranks
 hosts_program.py torch 2,1,1     torch.distributed over abccl
 hosts_program.py loop SECONDS    all_reduce until an error ends it; prints it, and the seconds that it took
+hosts_program.py kill SECONDS FOLDER RANK    the same, and after some turns this rank kills itself
+hosts_program.py stay SECONDS FOLDER RANK    the same, and after some turns this rank calls nothing any more
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +27,9 @@ from abccl.algorithms import Collective, algorithms
 # Of each rank's part, in elements: the last makes a vector of 1 MiB for four ranks of float32.
 COUNTS = (0, 1, 1001, 1 << 16)
 DTYPES = ("float32", "int64", "float16")
+
+TURNS = 20
+"""After which a rank dies or stays away."""
 
 
 class Case(NamedTuple):
@@ -246,6 +253,29 @@ def loop(seconds: float, folder: str) -> None:
             raise
 
 
+def without(what: str, seconds: float, folder: str, rank: int) -> None:
+    """A rank dies or stays away. The others write what they raise."""
+    comm = abccl.init(timeout=seconds)
+    x = np.ones(1 << 16, "float32")
+    written = [Path(folder, str(other)) for other in range(comm.size) if other != rank]
+    for turn in itertools.count():
+        if comm.rank == rank and turn == TURNS:
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            break
+        began = time.monotonic()
+        try:
+            comm.all_reduce(x, "max")
+        except abccl.CollectiveError as error:
+            unfinished = Path(folder, f"{comm.rank}.unfinished")
+            unfinished.write_text(f"{time.monotonic() - began:.1f} s turn {turn} {type(error).__name__}: {error}")
+            unfinished.rename(Path(folder, str(comm.rank)))
+            break
+    while not all(path.exists() for path in written):
+        time.sleep(0.01)
+    os._exit(0)  # MPI's end waits for the dead, and Open MPI may end all when one has gone
+
+
 def say(line: str) -> None:
     """Print it in one write: lines of ranks that share a terminal stay whole."""
     sys.stdout.write(line.replace("\n", " | ") + "\n")
@@ -258,6 +288,8 @@ def main() -> None:
         return loop(float(arguments[0]), arguments[1])
     if what == "torch":
         return check_torch()
+    if what in ("kill", "stay"):
+        return without(what, float(arguments[0]), arguments[1], int(arguments[2]))
     return check([[int(rank) for rank in word.split(",")] for word in arguments])
 
 

@@ -174,8 +174,7 @@ bench(["all_reduce", "--max", "64", "--iterations", "3", "--vs", "mpi"])
 """
 
 
-@pytest.mark.parametrize("error", ["ArgumentError", "KeyError"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("rank", "error"), [(0, "KeyError"), (2, "ArgumentError")])
 def test_all_ranks_end_if_one_fails(rank: int, error: str, mpirun: list[str], tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(FAILS.format(rank=rank, error=error))

@@ -162,7 +162,7 @@ def test_a_message_of_another_length_is_a_mismatch_on_both(kind: str) -> None:
     [
         (lambda c: c.recv(np.zeros(3), 1, 5), "recv: 24 bytes from rank 1 with tag 5: rank 0 waited in vain"),
         (lambda c: c.recv(np.zeros(3)), "recv: 24 bytes from any rank: rank 0 waited in vain"),
-        (lambda c: c.all_reduce(np.zeros(3)), "all_reduce(float64, sum, 3 elements"),
+        (lambda c: c.all_reduce(np.zeros(3)), "all_reduce #1 (float64, sum, 3 elements"),
     ],
     ids=["recv", "recv from anybody", "all_reduce"],
 )

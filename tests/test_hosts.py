@@ -205,3 +205,53 @@ def test_a_cut_cable(launch: Launch, there: list[hosts.Host], layout: list[int],
         error = (folder / str(rank)).read_text()
         found = re.match(r"([\d.]+) s (DeadlineExceeded|PeerLost|Aborted)", error)
         assert found and float(found[1]) < seconds + 60, error  # not the five minutes of other deadlines
+
+
+def without_the_last(
+    launch: Launch, there: list[hosts.Host], layout: list[int], package: Path, tmp_path: Path, *what: Any
+) -> list[str]:
+    """What the others raise when the last rank dies or stays away: seconds, turn, error."""
+    folder, last = tmp_path / "errors", sum(layout) - 1
+    folder.mkdir(exist_ok=True)
+    with job(launch(there, layout, [PROGRAM, *what, folder, last]), package) as started:
+        list(started.lines)
+    errors = [(folder / str(rank)).read_text() for rank in range(last)]
+    print(*errors, sep="\n")
+    return errors
+
+
+def open_mpi_with_ulfm(*arguments: Any) -> list[Command]:
+    """Open MPI's ranks on other hosts die with the first whose connections break, unless it is told to go on."""
+    [(host, [mpirun, *words], variables)] = open_mpi(*arguments)
+    return [Command(host, [mpirun, "--enable-recovery", "--with-ft", "ulfm", *words], variables)]
+
+
+@pytest.mark.parametrize("layout", ["2+2"], indirect=True)
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(by_hand, marks=pytest.mark.torch),
+        pytest.param(open_mpi_with_ulfm, marks=pytest.mark.mpi),
+    ],
+)
+@again_if_a_daemon_fails
+def test_a_killed_rank(
+    launch: Launch, there: list[hosts.Host], layout: list[int], package: Path, tmp_path: Path
+) -> None:
+    """All others raise PeerLost, which names it, long before the deadline."""
+    for error in without_the_last(launch, there, layout, package, tmp_path, "kill", 60):
+        found = re.match(r"([\d.]+) s turn \d+ PeerLost: .*rank 3\b", error)
+        assert found and float(found[1]) < 30, error
+
+
+@pytest.mark.parametrize("layout", ["2+1+1"], indirect=True)
+@pytest.mark.parametrize("launch", [launch for launch in LAUNCHES if launch.values != (torchrun,)])
+@again_if_a_daemon_fails
+def test_a_rank_that_stays_away(
+    launch: Launch, there: list[hosts.Host], layout: list[int], package: Path, tmp_path: Path
+) -> None:
+    """At the deadline all others say which rank has not come, where it is, and what it did last."""
+    for error in without_the_last(launch, there, layout, package, tmp_path, "stay", 4):
+        assert re.match(r"[\d.]+ s turn 20 DeadlineExceeded: all_reduce #21 \(float32, max, 65536 elem", error), error
+        missing = r"rank 3\b.* which has not entered #21 \(last: all_reduce #20, finished [\d.]+ s ago\)"
+        assert re.search(missing, error) and "another host (h2)" in error, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -110,9 +111,18 @@ def test_ordinary_memory_over_other_transports() -> None:
         list(pool.map(body, inproc(2)))
 
 
-def lends(protocol: str | None, count: int) -> tuple[bool, bool, int]:
-    """Processes: the sum is right with registered memory and with ordinary; how much of the arena was touched."""
-    communicator = abccl.init()
+def each_protocol(body: Callable[..., Any], protocols: Sequence[str | None], count: int) -> list[Any]:
+    """A process: what the body finds with each protocol, on communicators of their own."""
+    found = []
+    for protocol in protocols:
+        with abccl.init() as communicator:
+            found.append(body(communicator, protocol, count))
+            communicator.barrier()
+    return found
+
+
+def lends(communicator: Communicator, protocol: str | None, count: int) -> tuple[bool, bool, int]:
+    """The sum is right with registered memory and with ordinary; how much of the arena was touched."""
     transport: Any = communicator._transport
     transport.set_protocol(protocol)
     registered, ordinary = communicator.empty(count), np.empty(count, np.float32)
@@ -128,18 +138,16 @@ def lends(protocol: str | None, count: int) -> tuple[bool, bool, int]:
 
 def test_what_is_lent_is_not_copied(here: ModuleType, ranks: int) -> None:
     """Between processes: nothing is written to the arena."""
-    outcomes = abccl.spawn(lends, ranks, ("lent", 1 << 20))
+    outcomes, staged = zip(*abccl.spawn(each_protocol, ranks, (lends, ["lent", "cached"], 1 << 20)))
     assert all(first and second for first, second, _ in outcomes)
-    staged = abccl.spawn(lends, ranks, ("cached", 1 << 20))
     assert all(first and second for first, second, _ in staged)
     pulls = all(touched < 128 << 10 for _, _, touched in outcomes)
     assert pulls or not _may_pull()
     assert min(touched for _, _, touched in staged) >= 128 << 10
 
 
-def moves(protocol: str | None, count: int) -> tuple[bool, int]:
-    """Processes: long parts come to where they belong, also uneven ones; how much of the arena was touched."""
-    communicator = abccl.init()
+def moves(communicator: Communicator, protocol: str | None, count: int) -> tuple[bool, int]:
+    """Long parts come to where they belong, also uneven ones; how much of the arena was touched."""
     transport: Any = communicator._transport
     transport.set_protocol(protocol)
     rank, size = communicator.rank, communicator.size
@@ -161,12 +169,13 @@ def moves(protocol: str | None, count: int) -> tuple[bool, int]:
     return right, os.fstat(transport._region.fd).st_blocks * 512
 
 
-@pytest.mark.parametrize("protocol", ["lent", "lent_streaming", None])
-def test_long_parts(here: ModuleType, ranks: int, protocol: str | None) -> None:
+def test_long_parts(here: ModuleType, ranks: int) -> None:
     """All of a part in one piece if it is lent, and without a copy."""
-    outcomes = abccl.spawn(moves, ranks, (protocol, (1 << 20) // 4 + 3))
-    assert all(right for right, _ in outcomes)
-    assert protocol is None or not _may_pull() or all(touched < 128 << 10 for _, touched in outcomes)
+    protocols = ("lent", "lent_streaming", None)
+    found = abccl.spawn(each_protocol, ranks, (moves, protocols, (1 << 20) // 4 + 3))
+    for protocol, outcomes in zip(protocols, zip(*found), strict=True):
+        assert all(right for right, _ in outcomes), protocol
+        assert protocol is None or not _may_pull() or all(touched < 128 << 10 for _, touched in outcomes), protocol
 
 
 def test_a_forked_child_leaves_its_parent_s_memory_alone() -> None:

@@ -162,7 +162,7 @@ def test_types_and_operators() -> None:
             mpi_operator(mpi, op, dtype)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["mpich"])  # beside the own one: test_bench.py, test_bench_p2p.py
 @pytest.mark.parametrize("what", ["all_reduce", "p2p"])
 def test_the_benchmark_beside_the_library(what: str, library: str, run: Any, package: str) -> None:
     mpirun = run.args[1]

@@ -14,6 +14,7 @@ from typing import Any
 import fake_nccl
 import pytest
 from fake_nccl import FakeNccl
+from few_plans import few_plans
 from nccl_ranks import PATIENCE, Rank, Ranks, in_threads, make
 
 import abccl.transports.nccl
@@ -43,7 +44,7 @@ def run(transport: Rank, of: Case = RING) -> None:
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_nccl(check: Callable[..., None]) -> None:
-    check(partial(make, hangs=check is conformance.check_mismatch))
+    few_plans(check)(partial(make, hangs=check is conformance.check_mismatch))
 
 
 def test_a_graph_is_replayed_with_other_data() -> None:

@@ -14,7 +14,7 @@ RADIX = [a for c in Collective for a in algorithms(c).values() if "radix" in dic
 @pytest.mark.parametrize("a", RADIX, ids=lambda a: f"{a.collective.value}-{a.name}")
 def test_every_radix_is_right_and_counted(a: Algorithm) -> None:
     for radix in range(2, 9):
-        for size in (*range(1, 41), 64):
+        for size in (*range(1, 19), 24, 25, 26, 27, 36, 64):
             run = replay(a.bind(radix=radix), size)
             check_counts(run)
             if a.collective.rooted and size < 8:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,12 +34,20 @@ def test_the_arenas_of_eight_ranks_fit_eight_mebibytes() -> None:
     assert [slot_bytes(size) for size in (2, 4, 8, 64)] == [128 << 10, 64 << 10, 32 << 10, 8 << 10]
 
 
-def named() -> list[str]:
-    """Shared memory objects of ours that have a name."""
-    return [name for name in os.listdir("/dev/shm") if "abccl" in name]
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The shared memory objects that this process has given a name, and that are there still."""
+    draw, drawn = secrets.token_hex, set[str]()
+
+    def noted(nbytes: int) -> str:
+        drawn.add(f"abccl-{(token := draw(nbytes))}")
+        return token
+
+    monkeypatch.setattr(secrets, "token_hex", noted)
+    return lambda: [name for name in os.listdir("/dev/shm") if name in drawn]
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(named: Callable[[], list[str]]) -> None:
     def open_files() -> set[str]:
         links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
         return {f"{link} {os.readlink(link)}" for link in links if os.path.islink(link)}
@@ -76,7 +85,9 @@ def test_memory_that_is_not_the_peers_is_refused() -> None:
         ShmTransport(0, 2, lonely(lambda card: card.update(token=1)))
 
 
-def test_named_memory_where_the_process_entry_can_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_memory_where_the_process_entry_can_not_be_opened(
+    monkeypatch: pytest.MonkeyPatch, named: Callable[[], list[str]]
+) -> None:
     """Peers that may not open each other's process entry meet through /dev/shm, which is empty again afterwards."""
     from abccl.transports import _native, shm
 

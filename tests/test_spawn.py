@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,25 @@ def consequence_first() -> None:
         if own.rank == 0:
             raise
         raise ZeroDivisionError("the true cause") from lost
+
+
+def one_fails_and_the_others_meet(how: str) -> list[str]:
+    """The last rank ends in some way, and the others hear so when they meet, again and again."""
+    own = bootstrap.find()
+    own.exchange(b"")
+    if own.rank == own.size - 1:
+        one_fails(how)
+    words = []
+    for _ in range(2):
+        try:
+            own.exchange(b"")
+        except PeerLost as lost:
+            words.append(str(lost))
+    return words
+
+
+def all_fail() -> None:
+    raise ValueError(f"rank {bootstrap.find().rank}")
 
 
 def returns_early() -> None:
@@ -185,6 +205,46 @@ def test_the_cause_comes_before_its_consequences(work: ModuleType, monkeypatch: 
 def test_an_exchange_that_can_not_be_ends_at_once(work: ModuleType) -> None:
     with pytest.raises(RankFailed, match="PeerLost: rank 1 of 2: rank 0 of 2 ended without calling"):
         spawn(work.returns_early, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("kill", "rank 2 of 3 was ended by SIGKILL without returning"),
+        ("0", "rank 2 of 3 exited with code 0 without returning"),
+        ("raise", "rank 2 of 3 raised KeyError: 'no such thing'\n\nTraceback"),
+    ],
+)
+def test_the_others_live_if_they_are_to(work: ModuleType, how: str, words: str) -> None:
+    *others, failed = spawn(work.one_fails_and_the_others_meet, 3, (how,), timeout=60, on_failure="continue")
+    assert [len(told) for told in others] == [2, 2]
+    for rank, told in enumerate(others):
+        # The other survivor may have returned.
+        wanted = rf"rank {rank} of 3: ranks? ({1 - rank}, )?2 of 3 ended without calling abccl.init\(\) so often"
+        assert all(re.fullmatch(wanted, line) for line in told), told
+    assert isinstance(failed, RankFailed) and str(failed).startswith(words)
+
+
+def test_all_may_fail(work: ModuleType) -> None:
+    failed = spawn(work.all_fail, 2, timeout=60, on_failure="continue")
+    assert [str(error).splitlines()[0] for error in failed] == [
+        f"rank {rank} of 2 raised ValueError: rank {rank}" for rank in range(2)
+    ]
+
+
+def test_a_death_after_returning_counts_where_the_others_live(work: ModuleType) -> None:
+    (failed,) = spawn(work.dies_after_returning, 1, timeout=60, on_failure="continue")
+    assert isinstance(failed, RankFailed) and "returned, and then exited with code 5" in str(failed)
+
+
+def test_a_timeout_ends_those_who_live(work: ModuleType) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"ranks? 0(, 1)? of 2 had not returned after 1 s"):
+        spawn(work.one_fails, 2, ("0",), timeout=1, on_failure="continue")
+
+
+def test_what_to_do_on_failure_is_one_of_two() -> None:
+    with pytest.raises(ArgumentError, match='on_failure is "end" or "continue", and not \'stop\''):
+        spawn(hang, 1, on_failure="stop")  # type: ignore[call-overload]
 
 
 def test_a_timeout_names_who_is_late(work: ModuleType) -> None:

@@ -301,12 +301,12 @@ def names_in_the_profiler() -> None:
     small, large = torch.ones(4), torch.ones(1 << 20)
     for x in (small, large):
         (called,) = recorded(lambda x=x: dist.all_reduce(x))
-        assert re.fullmatch(r"abccl:all_reduce\(\w+\)", called)
+        assert re.fullmatch(rf"abccl:all_reduce\(float32, sum, {x.numel()} elements, \w+\)", called)
         assert recorded(lambda x=x: dist.all_reduce(x, async_op=True).wait()) == [called]
     wholes = [torch.empty(4) for _ in range(size)]
     assert recorded(lambda: (dist.all_gather(wholes, small), dist.broadcast(small, 0), dist.barrier())) == [
-        "abccl:all_gather(direct)",
-        "abccl:broadcast(direct)",
+        "abccl:all_gather(float32, 4 elements, direct)",
+        "abccl:broadcast(float32, 4 elements, root 0, direct)",
         "abccl:barrier(recursive_doubling)",
     ]
     dist.all_reduce(small)

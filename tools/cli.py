@@ -15,8 +15,11 @@ COMMANDS = {
     "draw": ".draw:draw",
     "algorithms": ".catalogue:catalogue",
     "explain": ".explain:explain",
+    "doctor": ".doctor:doctor",
     "simulate": ".simulate:command",
     "tune": ".tune:tune",
+    "inspect": ".inspect:inspect",
+    "trace": ".trace:trace",
     "bench": "..bench.__main__:bench",
 }
 

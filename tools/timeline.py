@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -58,21 +58,28 @@ class Rows:
         unit: what a unit of ranks is called: "node".
         unit_of: the number of a rank's unit.
         lanes: of each rank.
+        unit_names: what units are called that have names: "host a".
+        lane_names: what lanes of ranks are called that have names.
     """
 
     unit: str
     unit_of: Callable[[int], int]
     lanes: int
+    unit_names: Mapping[int, str] = field(default_factory=dict)
+    lane_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
-def write(file: TextIO, slices: Iterable[Slice], rows: Rows) -> None:
+def write(file: TextIO, slices: Iterable[Slice], rows: Rows, about: Mapping[str, object] | None = None) -> None:
     """Write a trace as it comes.
 
     Args:
-        slices: by ascending start; those of a lane must not overlap.
+        slices: by ascending start, of those that start together the longest first; those of a lane must not overlap,
+            but may lie within each other.
+        about: what else is told of the trace.
     """
     begun: set[tuple[str, int]] = set()
-    file.write('{"displayTimeUnit":"ns","traceEvents":[')
+    head: dict[str, object] = {"displayTimeUnit": "ns"} | ({"otherData": dict(about)} if about else {})
+    file.write(json.dumps(head, separators=(",", ":"))[:-1] + ',"traceEvents":[')
     separator = "\n"
     for one in slices:
         for event in _events(one, rows, begun):
@@ -115,8 +122,8 @@ def _names(
     """What a process and a thread are called, when they come for the first time."""
     lane = f", lane {one.lane}" if rows.lanes > 1 else ""
     for what, number, name in (
-        ("process", place["pid"], f"{rows.unit} {unit}"),
-        ("thread", place["tid"], f"rank {one.rank}{lane}"),
+        ("process", place["pid"], rows.unit_names.get(unit, f"{rows.unit} {unit}")),
+        ("thread", place["tid"], rows.lane_names.get((one.rank, one.lane), f"rank {one.rank}{lane}")),
     ):
         if (what, number) not in begun:
             begun.add((what, number))

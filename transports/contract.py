@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,9 @@ class Operation:
         dtype: the number of the element type (`transports.types.NUMBERS`).
         op: the number of the operator (`transports.types.OPERATORS`); of no meaning if nothing is folded.
         factor: what SCALE multiplies by.
-        signature: a 32-bit checksum of `text`; ranks whose signatures differ have called different things.
-        text: "all_reduce(float32, sum, 1024 elements, ring)", for messages to people.
+        signature: a 32-bit checksum of the call; ranks whose signatures differ have called different things.
+        text: "all_reduce(float32, sum, 1024 elements, ring)", for messages to people. Of an all_to_all it tells what
+            this rank sends and receives, and so is another on each.
         straight: whether on every rank messages go from the input of one to the output of another, and no further: an
             engine may then move whole blocks, whatever their segments.
     """
@@ -196,6 +197,14 @@ class Transport(ABC):
     runs: int = 0
     """How many runs of plans were started: the portable engine numbers its messages by it."""
 
+    recorder: Any = None
+    """The native core's communicator that keeps the flight recorder, where the transport has one."""
+
+    token: int = 0
+    """A number that the ranks of this host share, and no other transport's."""
+
+    _called: tuple[tuple[int, str], ...] = ()
+
     _abandoned: tuple[object, ...] = ()
 
     @abstractmethod
@@ -265,6 +274,17 @@ class Transport(ABC):
         False if this transport must be asked: nobody tells it.
         """
         return False
+
+    def begin_run(self, text: str) -> int:
+        """The number of a run of a plan that begins now. The last few are remembered with their text."""
+        number = self.runs
+        self.runs = (number + 1) & 0xFFFFFFFF
+        self._called = (*self._called[-7:], (number, text))
+        return number
+
+    def called(self, number: int) -> str | None:
+        """The text of a run of late, or None."""
+        return dict(self._called).get(number)
 
     def abandon(self, kept: object) -> None:
         """Keep this for as long as this transport lives: a run has failed, and its buffers can not be taken back."""

@@ -23,6 +23,7 @@ from ..algorithms import Collective
 from ..algorithms.decoded import Decoded, Receiving, Reclaim, Release, Sending, Writing, decode
 from ..algorithms.plan import Instruction, Plan
 from . import _native
+from .bulletin import Bulletin, account
 from .contract import NAP, Execution, NativeCall, Operation, Prepared, Request, Transport
 from .inproc import inproc
 from .message import HEAD_BYTES, Heads, Wanted
@@ -42,6 +43,9 @@ which need the cores: with 5 ms, four ranks on two cores took 1.5 times as long 
 TICK = 0.02
 """Seconds between looks at what does not announce itself: a peer that has died, an interrupt."""
 
+LONG = 1.0
+"""Seconds without news after which the rank that is waited for is followed, if it is not of this host."""
+
 
 _MOVED, _DONE = 1, 2
 
@@ -54,10 +58,16 @@ class JointTransport(Transport):
         members: what `network` calls them, in the order of `local`.
         network: reaches all ranks.
         name: what messages to people call it.
+
+    Attributes:
+        bulletin: tells where the ranks of other hosts are, if there is one. Closed with the transport.
     """
+
+    bulletin: Bulletin | None = None
 
     def __init__(self, local: ShmTransport, members: Sequence[int], network: Transport, name: str = JOINT) -> None:
         self.local, self.network = local, network
+        self.recorder, self.token = local.recorder, local.token
         self.name = name  # type: ignore[misc]
         self.rank, self.size = network.rank, network.size
         self.lanes, self.slot_bytes = local.lanes, local.slot_bytes
@@ -128,6 +138,8 @@ class JointTransport(Transport):
 
     def close(self) -> None:
         """See `Transport.close`."""
+        if self.bulletin is not None:
+            self.bulletin.close()
         self.local.close()
         self.network.close()
 
@@ -150,7 +162,7 @@ class JointPlan:
     """A plan made ready to run on one host of several."""
 
     def __init__(self, transport: JointTransport, plan: Plan, operation: Operation) -> None:
-        self.transport = transport
+        self.transport, self.text = transport, operation.text
         self.heads = Heads(operation, f"rank {transport.rank} of {transport.size}")
         near = transport.local.size
         code = divide(decode(plan.skeleton.code), transport.index, near)
@@ -195,16 +207,30 @@ class JointExecution(Running):
         now = time.monotonic()
         if stirred:
             self.transport.stirred = now
+            if self.joint.bulletin is not None:
+                self.joint.bulletin.follow(None)
         if outcome != _DONE and now > self.next_tick:
             self.next_tick = now + TICK
             self.engine.check()
+            if self.joint.bulletin is not None and now > self.transport.stirred + LONG:
+                self.joint.bulletin.follow(self._distant())
         return bool(outcome == _DONE)
 
+    def _distant(self) -> int | None:
+        """The rank that is waited for, if it shares no memory with this one."""
+        peer = self.engine.waits_for()
+        return None if peer is None or peer < self.joint.local.size else self.joint.order[peer]
+
     def _late(self) -> str:
-        return (
-            f"{self.engine.blame()}: has that rank called it, is it alive, is its host reached? If it is only slow, "
-            f"give a longer timeout"
-        )
+        text, bulletin, near = self.engine.blame(), self.joint.bulletin, self.joint.local.size
+        if bulletin is None:
+            return f"{text}: is that rank alive, is its host reached? If it is only slow, give a longer timeout"
+        text = account(bulletin, text, self._distant(), self.joint.order[near:], self._look_for_abort)
+        return f"{text}. If a rank is only slow, give a longer timeout"
+
+    def _look_for_abort(self) -> None:
+        self.joint.network.progress()
+        self.engine.check()
 
     def _carry(self) -> int:
         """Hand over what is to be carried, and tell the engine what has been."""

@@ -10,13 +10,16 @@ every rank has said so, since until then a message may still be under way, and M
 again.
 
 MPI_Finalize, which mpi4py calls when a process ends, waits for all ranks, also for those that will never come. So a
-process that an exception ends, and whose peers have not ended `GRACE` seconds later, calls MPI_Abort.
+process that an exception ends, and whose peers have not ended `GRACE` seconds later, calls MPI_Abort. Where mpirun lets
+ranks outlive others (--enable-recovery), Open MPI 5.0 leaves out those that have died, but waits for ever for two that
+died at almost the same time. So who has outlived others waits `GRACE` seconds, and then ends without it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -40,7 +43,7 @@ TIMEOUT = 300.0
 """Seconds that a new transport waits for all its ranks."""
 
 GRACE = 10.0
-"""Seconds that a process which an exception ends leaves its peers to end, too."""
+"""Seconds that a process which an exception ends leaves its peers to end, too; and MPI_Finalize, if ranks were lost."""
 
 LONGEST = (1 << 31) - 1
 """The longest message in bytes; MPI counts by C's int. A longer one goes as one element of a type of its own."""
@@ -116,7 +119,7 @@ class MPITransport(Transport):
             raise ArgumentError(f"wanted an intracommunicator of mpi4py, and this is {comm!r}")
         _sweep()
         self._begin(
-            mpi, _within(timeout, comm.Dup, f"rank {comm.Get_rank()} of {comm.Get_size()} made its transport"), timeout
+            mpi, within(timeout, comm.Dup, f"rank {comm.Get_rank()} of {comm.Get_size()} made its transport"), timeout
         )
 
     def _begin(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -129,7 +132,7 @@ class MPITransport(Transport):
             raise TransportError(f"wanted tags up to {_TOLD}, and this MPI has them up to {highest}: take another MPI")
         # Open MPI 5.0 makes a communicator of a group by messages with the user's tag on the old one, which Improbe
         # would take: so on one where nobody receives.
-        self._quiet = _within(timeout, comm.Dup, f"rank {self.rank} of {self.size} made its transport")
+        self._quiet = within(timeout, comm.Dup, f"rank {self.rank} of {self.size} made its transport")
         self._status, self._anyone, self._anything = mpi.Status(), mpi.ANY_SOURCE, mpi.ANY_TAG
         self._receives: dict[tuple[int, int], deque[_Post]] = {}
         self._early: dict[tuple[int, int], deque[tuple[Any, int]]] = {}
@@ -209,7 +212,7 @@ class MPITransport(Transport):
             raise ArgumentError(f"wanted different ranks, with rank {self.rank} among them, which calls: {members}")
         group, tag = self._quiet.Get_group().Incl(members), zlib.crc32(name.encode()) % _TOLD
         call = f"rank {self.rank} called split({list(members)}, {name!r})"
-        comm = _within(self.timeout, lambda: self._quiet.Create_group(group, tag), call)
+        comm = within(self.timeout, lambda: self._quiet.Create_group(group, tag), call)
         group.Free()
         part = MPITransport.__new__(MPITransport)
         part._begin(self.mpi, comm, self.timeout)
@@ -375,7 +378,7 @@ def _sweep() -> bool:
     return bool(_leaving)
 
 
-def _within(timeout: float, call: Callable[[], Any], words: str) -> Any:
+def within(timeout: float, call: Callable[[], Any], words: str) -> Any:
     """The result of a collective call of MPI, which may wait for ever: so a thread makes it, and is left in it.
 
     Raises:
@@ -407,11 +410,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+_survives = threading.Event()
+
+
+def outlive() -> None:
+    """Ranks were lost, and this one goes on: MPI_Finalize may wait for them for ever, and must not."""
+    _survives.set()
+
+
 @atexit.register
 def _end() -> None:
     """Tell the peers that this process ends, before mpi4py finalizes MPI."""
     for transport in list(_open):
         transport.close()
+    if _survives.is_set():
+        _finalize()
+        return
     if getattr(sys, "last_type", None) is None:  # no exception ends this process
         return
     until = time.monotonic() + GRACE
@@ -424,3 +438,24 @@ def _end() -> None:
             )
             find_mpi().COMM_WORLD.Abort(1)
         time.sleep(0.01)
+
+
+def _finalize() -> None:
+    """Finalize MPI here, and end the process if it takes too long."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or mpi.Is_finalized():
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        if not done.wait(GRACE):
+            # Not an error: what the program wanted is done. Only an exception is known here, not sys.exit's number.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(0 if getattr(sys, "last_type", None) is None else 1)
+
+    threading.Thread(target=watch, name="abccl MPI_Finalize", daemon=True).start()
+    # mpi4py keeps the interpreter's lock meanwhile, ctypes does not.
+    getattr(ctypes.CDLL(mpi.__file__), "MPI_Finalize", mpi.Finalize)()
+    done.set()

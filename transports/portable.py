@@ -73,8 +73,7 @@ class PortableExecution(Running):
 
     def __init__(self, prepared: PortablePlan, input: int, output: int) -> None:
         self.prepared, self.transport = prepared, prepared.transport
-        self.number = self.transport.runs
-        self.transport.runs = (self.number + 1) & 0xFFFFFFFF
+        self.number = self.transport.begin_run(prepared.operation.text)
         self.running = [(lane, lane.run(self.number, input, output)) for lane in prepared.lanes]
 
     def _advance(self) -> bool:
@@ -85,8 +84,10 @@ class PortableExecution(Running):
 
     def _late(self) -> str:
         waits = [what for lane, _ in self.running if (what := lane.waits_for()) is not None]
+        recorder = self.transport.recorder
+        title = recorder.title() if recorder else f"{self.prepared.operation.text} #{self.number + 1}"
         return (
-            f"{self.prepared.operation.text} #{self.number + 1}: rank {self.transport.rank} of {self.transport.size} "
+            f"{title}: rank {self.transport.rank} of {self.transport.size} "
             f"{waits[0] if waits else 'is not done'} at its deadline: has that rank called it, is it alive? "
             f"If it is only slow, give a longer timeout"
         )
@@ -217,7 +218,7 @@ class _Lane:
             _step(prepared, arrival.position),
             _names(prepared.plan.skeleton, receiving.blocks),
         )
-        raise prepared.heads.mismatch(number, wanted, head, request.length)
+        raise prepared.heads.mismatch(number, wanted, head, request.length, self.transport.called)
 
     def _write(self, writing: Writing) -> None:
         prepared, operation = self.prepared, self.prepared.operation

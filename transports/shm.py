@@ -73,6 +73,11 @@ def slot_bytes(size: int, most: int = 128 << 10, arena: int = ARENA_BYTES) -> in
     return slot
 
 
+def abort_native(native: Any, error: Exception) -> None:
+    """Abort the native core's communicator; the first abort wins."""
+    native.abort(next((number for kind, number in _KINDS.items() if isinstance(error, kind)), 7), str(error))
+
+
 class ShmTransport(Transport):
     """The ranks of one host through shared memory.
 
@@ -296,7 +301,7 @@ class ShmTransport(Transport):
 
     def abort(self, error: Exception) -> None:
         """See `Transport.abort`."""
-        self.native.abort(next((n for kind, n in _KINDS.items() if isinstance(error, kind)), 7), str(error))
+        abort_native(self.native, error)
 
     def close(self) -> None:
         """See `Transport.close`. The memory goes when the last object that uses it does."""

@@ -96,7 +96,11 @@ def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
         card |= {"pid": os.getpid(), "trials": [trial.card for trial in trials]}
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         attached = {peer: how for peer in range(size) if (how := _attaches(card, cards[peer])) is not None}
-        everyone = [json.loads(blob) for blob in exchange(json.dumps(attached).encode())]
+        try:
+            everyone = [json.loads(blob) for blob in exchange(json.dumps(attached).encode())]
+        except BaseException:
+            _unlink_all(cards)  # a rank that has died can not do it
+            raise
     groups: list[list[int]] = []
     for one in range(size):
         for group in groups:
@@ -106,6 +110,12 @@ def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
         else:
             groups.append([one])
     return Topology(tuple(_hosts(groups, cards)), any(named for found in everyone for named in found.values()))
+
+
+def _unlink_all(cards: Sequence[dict[str, Any]]) -> None:
+    for trial in (trial for card in cards for trial in card["trials"] if trial["name"]):
+        with contextlib.suppress(OSError):
+            os.unlink(f"/dev/shm{trial['name']}")
 
 
 def host_identity() -> str:

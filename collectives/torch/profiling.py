@@ -1,4 +1,6 @@
-"""Collectives in the timelines of torch.profiler, as `abccl:all_reduce(ring)`: slices of the threads that call them.
+"""Collectives in the timelines of torch.profiler: slices of the threads that call them.
+
+A slice has the name that the flight recorder has for the call: `abccl:all_reduce(float32, sum, 1024 elements, ring)`.
 
 The slice of an asynchronous one is the call that starts it. The profiler frees what it has recorded when it stops, so a
 slice that ends later, when the collective is finished, ends in freed memory and takes the process down.
@@ -18,8 +20,6 @@ profiling: Callable[[], bool] = _profiler_enabled
 
 def record(text: str) -> Callable[[Any], None]:
     """Begin a slice for a call in words, and return what ends it: see `Communicator.observe`."""
-    collective, _, details = text.partition("(")
-    algorithm = details.removesuffix(")").rpartition(", ")[2]
-    slice: Any = record_function(f"abccl:{collective}({algorithm})", text)
+    slice: Any = record_function(f"abccl:{text}")
     slice.__enter__()
     return lambda work: slice.__exit__(None, None, None)

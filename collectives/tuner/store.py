@@ -116,6 +116,8 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         data = file.read_bytes()
         key = json.loads(data)["key"]
+        if not isinstance(key, dict):
+            raise ValueError(f"its key is a {type(key).__name__}, not a table")
         return key, _content(data, key)
     except OSError as error:
         raise ArgumentError(f"{file} can not be read: {_reason(error)}") from None

@@ -108,10 +108,13 @@ class Tuner:
         table: what is known of them.
         rules: of the rule file.
         link: the class of the links on a host, "near" or "far".
+        how: how it came by its table, in words.
     """
 
-    def __init__(self, place: Place, table: Table, rules: Sequence[Rule] = (), link: str = "near") -> None:
-        self.place, self.table, self.rules, self.link = place, table, tuple(rules), link
+    def __init__(
+        self, place: Place, table: Table, rules: Sequence[Rule] = (), link: str = "near", how: str = "built-in"
+    ) -> None:
+        self.place, self.table, self.rules, self.link, self.how = place, table, tuple(rules), link, how
         self._watched: dict[tuple[Collective, int], tuple[Candidate, Median]] = {}
 
     def decide(self, collective: Collective, nbytes: int, wanted: AlgorithmLike = None) -> Decision:

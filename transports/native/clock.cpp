@@ -1,22 +1,39 @@
 #include "clock.hpp"
 
+#include <limits>
+
 namespace abccl {
 namespace {
 
-struct Anchor {
-    int64_t ns = monotonic_ns();
-    uint64_t counted = ticks();
-};
-// When this process began, so that the rate is known well when somebody asks.
-const Anchor anchor;
+constexpr int64_t long_enough = 100'000'000;  // nanoseconds, for a rate
+
+// When this process began.
+const ClockPair beginning = ClockPair::now();
 
 }  // namespace
 
-ClockReading ClockReading::now() {
-    ClockReading reading{monotonic_ns(), ticks(), 1.0};
-    const uint64_t counted = reading.counted - anchor.counted;
-    if (counted != 0) reading.ns_per_tick = static_cast<double>(reading.ns - anchor.ns) / static_cast<double>(counted);
-    return reading;
+ClockPair ClockPair::now() {
+    ClockPair best{};
+    uint64_t narrowest = std::numeric_limits<uint64_t>::max();
+    // The scheduler may come between the two.
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        const uint64_t before = ticks();
+        const int64_t ns = monotonic_ns();
+        const uint64_t width = ticks() - before;
+        if (width >= narrowest) continue;
+        narrowest = width;
+        best = {ns, before + width / 2};
+    }
+    return best;
+}
+
+ClockReading ClockReading::now(int64_t earlier_ns, uint64_t earlier_counted) {
+    const ClockPair now = ClockPair::now();
+    ClockPair earlier{earlier_ns, earlier_counted};
+    if (now.ns - earlier.ns < long_enough) earlier = beginning;
+    const uint64_t counted = now.counted - earlier.counted;
+    return {now.ns, now.counted,
+            counted ? static_cast<double>(now.ns - earlier.ns) / static_cast<double>(counted) : 1.0};
 }
 
 }  // namespace abccl

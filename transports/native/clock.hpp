@@ -38,9 +38,16 @@ inline uint64_t ticks() {
     return static_cast<uint64_t>(monotonic_ns());
 }
 
-// Both clocks at one moment, and how many nanoseconds a tick takes.
+// Both clocks at one moment.
+struct ClockPair {
+    static ClockPair now();
+    int64_t ns;
+    uint64_t counted;
+};
+
+// Both clocks now, and how many nanoseconds a tick takes: on average since an earlier moment.
 struct ClockReading {
-    static ClockReading now();
+    static ClockReading now(int64_t earlier_ns, uint64_t earlier_counted);
     double seconds(uint64_t at) const {
         return (static_cast<double>(ns) - static_cast<double>(static_cast<int64_t>(counted - at)) * ns_per_tick) * 1e-9;
     }

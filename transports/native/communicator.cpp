@@ -21,11 +21,13 @@ constexpr int short_spins = 50;
 
 }  // namespace
 
-void Communicator::check_usable() const {
+void Communicator::check_usable() {
     if (closed()) throw Failure(Kind::closed, "the communicator is closed: make another with abccl.init()");
     try {
         endpoint.check_abort();
     } catch (const Failure& failure) {
+        note_failure(failure);
+        tell_failure();
         throw Failure(failure.kind, std::string(failure.what()) +
                                         " (since then the communicator is broken: close it and make another)");
     }
@@ -125,8 +127,8 @@ std::exception_ptr Communicator::settle(const std::string& doing) {
 std::shared_ptr<Work> Communicator::enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output,
                                             Timeout timeout) {
     auto work = std::make_shared<Work>();
-    std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
+    std::lock_guard<std::mutex> lock(mutex_);
     state_.fetch_add(queued);
     queue_.push_back(std::make_shared<Task>(Task{std::move(plan), input, output, timeout, work}));
     return work;

@@ -73,7 +73,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         Timeout timeout;
         std::shared_ptr<Work> work;
     };
-    void check_usable() const;
+    void check_usable();
     void fail_all(std::exception_ptr error);
     std::shared_ptr<Work> enqueue(std::shared_ptr<const Plan> plan, const void* input, void* output, Timeout timeout);
     void drive(const Plan& plan, const void* input, void* output, Timeout timeout, const BeforeWaiting& before_waiting);

@@ -73,7 +73,7 @@ Endpoint::Position Endpoint::position(uint32_t peer) const {
     position.finished = finished > before_users_ ? finished - before_users_ : 0;
     if (position.entered == 0) return position;
     if (const auto last = read_operation(theirs.flight, entered)) {
-        const ClockReading now = ClockReading::now();
+        const ClockReading now = clocks(control_->flight);
         const bool ended = last->end != 0;
         position.last = last->text;
         position.ago =

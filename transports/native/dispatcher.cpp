@@ -129,7 +129,7 @@ PyObject* Dispatcher::run_observed(const Bound& bound, PyObject* const* argument
     try {
         result = py::reinterpret_steal<py::object>(run(kept, arguments, x, out, asynchronous));
     } catch (...) {
-        ended(py::none());
+        ended(false);
         throw;
     }
     ended(result);

@@ -48,7 +48,7 @@ class Dispatcher {
 
     void set_timeout(double seconds) { timeout_ = abccl::seconds(seconds); }
     // From now on every call of a native plan is told: `observer(text)` before it starts; what that returned is called
-    // with the work after it has started, or with None after it has run or failed. None ends it.
+    // with the work after it has started, with None after it has run, or with False after it failed. None ends it.
     void set_observer(pybind11::object observer) { observer_ = std::move(observer); }
     // Binds everything anew from now on: an algorithm has changed.
     void forget();

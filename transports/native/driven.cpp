@@ -73,6 +73,7 @@ class DrivenExecution {
         } catch (const Failure& failure) {
             communicator_->note_failure(failure);
             communicator_->endpoint.finish(false);
+            communicator_->tell_failure();
             throw;
         }
     }

@@ -50,6 +50,13 @@ std::optional<Recorded> read_operation(const Flight& flight, uint64_t number) {
     return found;
 }
 
+Recorder::Recorder(Flight& flight) : flight_(flight) {
+    const ClockPair now = ClockPair::now();
+    flight.began_ns.store(now.ns, std::memory_order_relaxed);
+    flight.began_counted.store(now.counted, std::memory_order_relaxed);
+    flight.magic.store(flight_magic, std::memory_order_release);
+}
+
 uint32_t Recorder::text(const std::string& text, uint64_t bytes) {
     if (known_.size() > recorded_operations) known_.clear();
     uint32_t& known = known_[text];

@@ -76,9 +76,11 @@ struct WaitEntry {
 
 struct Flight {
     std::atomic<uint64_t> magic;
-    uint64_t token;                      // of the communicator, on this host
-    int32_t rank, size;                  // as users call them
-    SharedText<8> group;                 // the communicator's name
+    uint64_t token;                 // of the communicator, on this host
+    int32_t rank, size;             // as users call them
+    SharedText<8> group;            // the communicator's name
+    std::atomic<int64_t> began_ns;  // both clocks when the recorder began
+    std::atomic<uint64_t> began_counted;
     std::atomic<uint64_t> before_users;  // how many collectives are the library's own, made before the user's
     std::atomic<uint64_t> messages_begun, steps_ended, failed;
     SharedText<64> failure;
@@ -88,6 +90,12 @@ struct Flight {
     MessageEntry messages[recorded_messages];
     StepEntry steps[recorded_steps];
 };
+
+// The clocks, for times of this recorder.
+inline ClockReading clocks(const Flight& flight) {
+    return ClockReading::now(flight.began_ns.load(std::memory_order_relaxed),
+                             flight.began_counted.load(std::memory_order_relaxed));
+}
 
 // A copy of an entry for a reader.
 struct Recorded {
@@ -101,7 +109,7 @@ std::optional<Recorded> read_operation(const Flight& flight, uint64_t number);
 // The writing side. Operations and steps by whoever runs the engine, messages from any thread.
 class Recorder {
   public:
-    explicit Recorder(Flight& flight) : flight_(flight) { flight.magic.store(flight_magic, std::memory_order_release); }
+    explicit Recorder(Flight& flight);
 
     void begin(uint64_t number, uint32_t signature, uint32_t text) {
         OperationEntry& entry = flight_.operations[number % recorded_operations];

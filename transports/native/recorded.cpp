@@ -95,11 +95,13 @@ py::list steps_of(const Flight& flight, uint64_t entered, uint64_t before, const
     return steps;
 }
 
+bool lasts_or_failed(uint64_t end) { return end == 0 || end & has_failed; }
+
 py::object wait_of(const Flight& flight, uint64_t entered, uint64_t before, const ClockReading& now) {
     const WaitEntry& wait = flight.wait;
     const OperationEntry& operation = flight.operations[entered % recorded_operations];
     if (entered <= before || wait.number.load(std::memory_order_acquire) != entered ||
-        operation.end.load(std::memory_order_acquire) != 0)
+        !lasts_or_failed(operation.end.load(std::memory_order_acquire)))
         return py::none();
     py::dict waiting;
     waiting["number"] = entered - before;
@@ -117,7 +119,7 @@ py::dict snapshot(const Control& control) {
     const uint64_t before = flight.before_users.load(std::memory_order_acquire);
     const auto shown = [before](uint64_t number) { return number > before ? number - before : 0; };
     const uint64_t entered = control.entered.load(std::memory_order_acquire);
-    const ClockReading now = ClockReading::now();
+    const ClockReading now = clocks(flight);
     py::dict found;
     found["version"] = 1;
     found["group"] = flight.group.load();
@@ -208,8 +210,10 @@ py::dict position_of(const Endpoint& endpoint) {
 }
 
 int signal_pipe = -1;
+int signal_owner = 0;
 
 void on_signal(int) {
+    if (getpid() != signal_owner) return;  // a forked child, whose pipe is its parent's
     const int kept = errno;
     const char byte = 0;
     if (write(signal_pipe, &byte, 1) < 0) {
@@ -221,11 +225,13 @@ std::optional<int> attend_signal(int number) {
     struct sigaction present;
     if (sigaction(number, nullptr, &present) != 0)
         throw Failure(Kind::argument, "no signal " + std::to_string(number) + " can be attended to");
-    if (present.sa_handler != SIG_DFL || signal_pipe != -1) return std::nullopt;
+    const bool inherited = present.sa_handler == on_signal && signal_owner != getpid();
+    if (present.sa_handler != SIG_DFL && !inherited) return std::nullopt;
     int ends[2];
     if (pipe2(ends, O_CLOEXEC) != 0) throw Failure(Kind::transport, std::string("no pipe: ") + std::strerror(errno));
     fcntl(ends[1], F_SETFL, O_NONBLOCK);
     signal_pipe = ends[1];
+    signal_owner = getpid();
     struct sigaction ours{};
     ours.sa_handler = on_signal;
     ours.sa_flags = SA_RESTART;
@@ -301,7 +307,7 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                     endpoint.enter(0, text, number);
                     endpoint.finish();
                 }
-                const ClockReading now = ClockReading::now();
+                const ClockReading now = clocks(endpoint.control().flight);
                 return static_cast<double>(now.counted - start) * now.ns_per_tick * 1e-9;
             },
             py::arg("calls"), "Seconds that so many collectives take that do nothing but to be recorded.")
