@@ -80,6 +80,7 @@ __all__ = [
     "register_chooser",
     "relabel",
     "replay",
+    "report",
     "send",
     "spawn",
     "unregister_chooser",

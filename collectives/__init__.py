@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .binding import premul_sum
     from .communicator import Communicator, connect, init
+    from .flight import report
     from .launch import spawn
     from .tuner.choice import Choice
     from .tuner.tuner import Call, register_chooser, unregister_chooser
@@ -22,6 +23,7 @@ __all__ = [
     "init",
     "premul_sum",
     "register_chooser",
+    "report",
     "spawn",
     "unregister_chooser",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "init": ".communicator",
     "premul_sum": ".binding",
     "register_chooser": ".tuner.tuner",
+    "report": ".flight",
     "spawn": ".launch",
     "unregister_chooser": ".tuner.tuner",
 }

@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import AbcclError, ArgumentError
 from ..transports import _native
 from ..transports.flight import Snapshot, own_snapshot, together
-from .report import report
+from .report import report as in_words
 
 FOLDER = "ABCCL_FLIGHT_DIR"
 """Where dumps go: a folder, or "off". By default abccl-UID in the folder for temporary files."""
@@ -203,7 +203,7 @@ class _Watch:
 
 
 def _report_here() -> None:
-    _say(here())
+    _say(report())
 
 
 def _loudly(work: Callable[..., None], *arguments: Any) -> None:
@@ -274,10 +274,10 @@ def attend(communicator: Any) -> None:
     communicator._recorder.set_recorder_failure(failed)
 
 
-def here() -> str:
+def report() -> str:
     """What the communicators of this process do, and all their ranks on this machine, in words."""
     try:
-        return report(together(os.getpid()))
+        return in_words(together(os.getpid()))
     except ArgumentError:
         return "this process has no communicator"
 

@@ -72,6 +72,8 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
         raise
     joint = JointTransport(local, members, network, network.name if by_network else JOINT)
     joint.bulletin = _bulletin(carrier, local, rank, topology)
+    # Of all hosts: who reads the records of several knows what belongs together.
+    joint.token = int.from_bytes(bootstrap.exchange(joint.token.to_bytes(8, "little"))[0], "little")
     return joint, topology
 
 

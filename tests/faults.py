@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,10 +75,11 @@ class Zygote:
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))
         self.log = log or Path(os.devnull)
+        self.records = tempfile.TemporaryDirectory()
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, *modules],
-                env=os.environ | one_thread | {"PYTHONPATH": path},
+                env=os.environ | one_thread | {"PYTHONPATH": path, "ABCCL_FLIGHT_DIR": self.records.name},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -108,6 +110,7 @@ class Zygote:
             self.process.wait()
             assert self.process.stdout is not None
             self.process.stdout.close()
+            self.records.cleanup()
 
 
 # ---- for the ranks

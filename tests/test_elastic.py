@@ -54,10 +54,17 @@ def test_ranks_are_lost_one_after_the_other_until_one_is_left(root: Path) -> Non
     assert re.search(PROOF.format(left=1), done.stdout), done.stdout
 
 
-@pytest.mark.parametrize("lost", [["1"], ["0", "3"]], ids=str)
-def test_under_mpirun(root: Path, mpirun: list[str], lost: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("lost", "transport", "option"),
+    [(["1"], "shm", "--enable-recovery"), (["0", "3"], "shm", "--enable-recovery"), (["2"], "mpi", "--with-ft=ulfm")],
+    ids=str,
+)
+def test_under_mpirun(
+    root: Path, mpirun: list[str], lost: list[str], transport: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All processes end, although MPI_Finalize may wait for two that died at once."""
-    start = (*mpirun, "--enable-recovery", "-n", "4", sys.executable)
+    monkeypatch.setenv("ABCCL_TRANSPORT", transport)
+    start = (*mpirun, *option.split("="), "-n", "4", sys.executable)
     done = example(root, *(word for rank in lost for word in ("--lose", rank, "--at", "17")), start=start)
     assert done.returncode == 0, done.stderr
     assert re.search(PROOF.format(left=4 - len(lost)), done.stdout), done.stdout + done.stderr

@@ -99,6 +99,12 @@ def make_joint(victim: int, fault: Callable[[Transport], FaultyTransport]) -> li
     return list(joint_threads([[0, 2], [1]], make_inproc(victim, fault)))
 
 
+@pytest.fixture(autouse=True)
+def records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flight records of failures are kept."""
+    monkeypatch.setenv("ABCCL_FLIGHT_DIR", "off")
+
+
 VERBS = ("post_send", "post_recv", "progress", "idle")
 OPS = [op for op in FIXED if op.group == 0] + [Op("all_gather", "ring", 500, 0, 0, 1)]
 WANTED = {"abort": "rank {victim}: an injected fault", "refuse": "an injected fault"}

@@ -26,6 +26,12 @@ LONG, SHORT = 30.0, 0.3
 """Seconds that a call may take: where it must fail by itself, and where only its deadline can end it."""
 
 
+@pytest.fixture(autouse=True)
+def records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flight records of failures are kept."""
+    monkeypatch.setenv("ABCCL_FLIGHT_DIR", "off")
+
+
 class Call(NamedTuple):
     """A call, and what every rank's error says of it."""
 

@@ -51,6 +51,7 @@ PUBLIC_NAMES = {
     "send",
     "replay",
     # the rest
+    "report",
     "__version__",
 }
 

@@ -17,10 +17,12 @@ import pytest
 
 import abccl
 from abccl import Aborted, ArgumentError, PeerLost, RankFailed, TransportError
-from abccl.collectives import board, bootstrap
+from abccl.collectives import board, bootstrap, shrink_mpi
 from abccl.collectives.board import StoreBoard
+from abccl.collectives.shrink import board_of
 from abccl.collectives.survivors import Agreement, Group, Steps, run
 from abccl.transports import shm
+from abccl.transports.inproc import inproc
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(170)]
 
@@ -349,3 +351,15 @@ def test_hosts_shrink(here: ModuleType, lost: tuple[int, ...]) -> None:
         assert results[rank][1].startswith(hosts)
         results[rank] = results[rank][0]
     check(results, told(*left))
+
+
+def test_an_mpi_that_was_not_started_for_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(shrink_mpi.STARTED, raising=False)
+    network: Any = SimpleNamespace(mpi=None, comm=SimpleNamespace(Shrink=None))
+    with pytest.raises(TransportError, match="start them by mpirun --with-ft ulfm"):
+        shrink_mpi.shrink_by_mpi(network, lambda bootstrap: abccl.init(), 1.0)
+
+
+def test_ranks_that_nothing_joins_can_not_agree() -> None:
+    with pytest.raises(TransportError, match="joined by inproc, over which survivors can not agree: use shared memory"):
+        board_of(inproc(2)[0])

@@ -200,6 +200,9 @@ class Transport(ABC):
     recorder: Any = None
     """The native core's communicator that keeps the flight recorder, where the transport has one."""
 
+    explain: Callable[[str], str] | None = None
+    """Adds to what is said at the deadline of an engine's own collective where the other ranks are."""
+
     token: int = 0
     """A number that the ranks of this host share, and no other transport's."""
 

@@ -176,6 +176,8 @@ class NativeRun(Running):
             self.work.wait(timedelta(seconds=max(1e-3, min(TICK, deadline - time.monotonic()))))
 
     def _late(self) -> str:
+        if self.transport.explain is not None:
+            return self.transport.explain(f"rank {self.transport.rank} waits in Gloo's own collective")
         return (
             f"{self.call.text}: rank {self.transport.rank} of {self.transport.size} waits in vain for Gloo: has every "
             f"rank called it? If one is only slow, give a longer timeout"

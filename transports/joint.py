@@ -75,11 +75,18 @@ class JointTransport(Transport):
         self.index = {rank: index for index, rank in enumerate(self.order)}
         self.engine = _native.DrivenExecution(local.native, HEAD_BYTES)
         self._rings = network.set_bell(local.native.ring)
+        network.explain = self._explain
 
     @property
     def collectives(self) -> frozenset[Collective]:  # type: ignore[override]
         """The network's own collectives."""
         return self.network.collectives
+
+    def _explain(self, waits: str) -> str:
+        text = f"{self.recorder.title()}: {waits}{self.local.native.stragglers()}"
+        if self.bulletin is not None:
+            text = account(self.bulletin, text, None, self.order[self.local.size :], self.network.progress)
+        return f"{text}. If a rank is only slow, give a longer timeout"
 
     def is_near(self, rank: int) -> bool:
         """Whether the rank is on this host."""

@@ -149,7 +149,12 @@ class MPITransport(Transport):
     def post_send(self, peer: int, tag: int, data: memoryview) -> Request:
         """See `Transport.post_send`."""
         self._check(peer)
-        post = self._send(peer, tag, data)
+        try:
+            post = self._send(peer, tag, data)
+        except self.mpi.Exception as error:
+            self.abort(self.lost(error))
+            self.check_state()
+            raise
         self._moving.append(post)
         return post
 
@@ -172,7 +177,7 @@ class MPITransport(Transport):
         try:
             self._move()
         except self.mpi.Exception as error:
-            self.abort(PeerLost(f"mpi: rank {self.rank} of {self.size}: {_first_line(error)}"))
+            self.abort(self.lost(error))
         if self._gone and self._error is None:
             self._look_for_lost()
         if self._error is not None:
@@ -331,6 +336,15 @@ class MPITransport(Transport):
         except self.mpi.Exception:
             return False
         return True
+
+    def lost(self, error: Any) -> PeerLost:
+        """The error for a failed call of MPI's. One that tolerates faults, as Open MPI with ULFM, knows who is dead."""
+        text, dead = _first_line(error), []
+        with contextlib.suppress(AttributeError, NotImplementedError, self.mpi.Exception):  # mpi4py 4.0 has no such call
+            dead = self.comm.Get_failed().Translate_ranks(None, self.comm.Get_group())
+        if dead:
+            text = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} ended ({text}): look at that output"
+        return PeerLost(f"mpi: rank {self.rank} of {self.size}: {text}")
 
     def _look_for_lost(self) -> None:
         """Abort if a message can not come or be taken, as its rank has closed. What is being received still comes."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..algorithms import Collective
-from ..errors import ArgumentError, CollectiveError, Mismatch
+from ..errors import ArgumentError, CollectiveError, Mismatch, PeerLost
 from .contract import Execution, NativeCall
 from .running import Running
 from .types import OPERATORS, element_type
@@ -165,11 +165,15 @@ class NativeRun(Running):
         super()._fail(error)
 
     def _late(self) -> str:
+        if self.transport.explain is not None:
+            return self.transport.explain(f"rank {self.transport.rank} waits in MPI's own collective")
         return (
             f"{self.plan.call.text}: rank {self.transport.rank} of {self.transport.size} is not done at its deadline: "
             f"have all ranks called it, are they alive? If they are only slow, give a longer timeout"
         )
 
     def _failed(self, error: Any) -> CollectiveError:
+        if error.Get_error_class() == getattr(self.mpi, "ERR_PROC_FAILED", None):
+            return PeerLost(f"{self.plan.call.text}: {self.plan.transport.lost(error)}")
         kind = Mismatch if error.Get_error_class() == self.mpi.ERR_TRUNCATE else CollectiveError
         return kind(f"{self.plan.call.text}: {error}: have all ranks called the same, with the same counts?")

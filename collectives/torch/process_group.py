@@ -54,8 +54,13 @@ def create(options: Any) -> ProcessGroup:
     rank, size, store = options.group_rank, options.group_size, options.store
     timeout = options.timeout.total_seconds()
     try:
-        part = dist.is_initialized() and size < dist.get_world_size()
-        communicator = connect(_bootstrap(store, rank, size, options.group_id, timeout), timeout=timeout, part=part)
+        later = dist.is_initialized()
+        communicator = connect(
+            _bootstrap(store, rank, size, options.group_id, timeout),
+            timeout=timeout,
+            part=later and size < dist.get_world_size(),
+            name=f"torch {options.group_id}" if later else "default",
+        )
     except AbcclError as error:
         raise torch_error(error) from None
     return ProcessGroup(communicator, store)

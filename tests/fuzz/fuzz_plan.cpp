@@ -4,6 +4,8 @@
 // sizes, so that AddressSanitizer sees each byte outside. Some rounds later it is finished, failed or stuck; all is
 // well as long as nothing else was touched. The messages to other hosts are answered with bytes of the tape, and by
 // the tape a peer spoils what lies in shared memory.
+#include <sanitizer/asan_interface.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -20,7 +22,7 @@ namespace {
 
 constexpr uint32_t lanes = 2;
 constexpr size_t header_bytes = 64;
-constexpr size_t most_bytes = 16 << 10;  // of a buffer: longer ones only take longer
+constexpr size_t most_bytes = 32 << 10;  // of a buffer: longer ones only take longer
 constexpr int most_rounds = 100;
 
 void require(bool condition, const char* what) {
@@ -39,7 +41,7 @@ struct Rank {
     std::unique_ptr<uint8_t[]> input, output;
     const void* from = nullptr;
     void* to = nullptr;
-    RemoteQueue remote{header_bytes};
+    RemoteQueue remote{header_bytes};  // used by plans with remote peers
     std::unique_ptr<Execution> execution;
     std::vector<RemoteMessage> under_way;
     bool runs = false;
@@ -91,6 +93,38 @@ void check_slots(const Geometry& geometry, uint32_t rank) {
             }
 }
 
+// While it lives, a rank may read of the others' arenas only what they have sent it: AddressSanitizer, which knows
+// nothing of shared memory, is told so.
+class Fence {
+  public:
+    Fence(const Geometry& geometry, uint32_t reader) : geometry_(geometry), reader_(reader) {
+        for (uint32_t rank = 0; rank < geometry.size; ++rank) {
+            if (rank == reader) continue;
+            const uint8_t* base = regions[rank]->base();
+            ASAN_POISON_MEMORY_REGION(base + geometry.arena_at(), geometry.bytes() - geometry.arena_at());
+            for (uint32_t i = 0; i < geometry.channels() * geometry.slots; ++i) allow(rank, i);
+        }
+    }
+    ~Fence() {
+        for (uint32_t rank = 0; rank < geometry_.size; ++rank)
+            ASAN_UNPOISON_MEMORY_REGION(regions[rank]->base(), geometry_.bytes());
+    }
+
+  private:
+    void allow(uint32_t rank, uint32_t which) {
+        const uint8_t* base = regions[rank]->base();
+        const auto& d = reinterpret_cast<const Descriptor*>(base + geometry_.descriptor(reader_, 0))[which];
+        const size_t start = static_cast<size_t>(d.where) * cache_line;
+        if (d.where == inlined && d.length <= inline_bytes)
+            ASAN_POISON_MEMORY_REGION(d.payload + d.length, inline_bytes - d.length);
+        else if (start + d.length <= geometry_.bytes())
+            ASAN_UNPOISON_MEMORY_REGION(base + start, d.length);
+    }
+
+    Geometry geometry_;
+    uint32_t reader_;
+};
+
 // A peer that has gone mad writes what it likes into its region. (Not its pid: the core reads that process's memory.)
 void spoil(const Geometry& geometry, Input& tape) {
     const uint32_t rank = tape.take<uint8_t>() % geometry.size, peer = tape.take<uint8_t>() % geometry.size;
@@ -127,7 +161,7 @@ void spoil(const Geometry& geometry, Input& tape) {
             words[value % (inline_bytes / 4)] = UINT32_MAX;
             break;
         case 10:
-            control.abort.store(value);
+            control.abort.store(value % (1 << 27));
             break;
         case 11:
             control.heap_bytes.store(value);
@@ -216,7 +250,7 @@ void run(const Case& given, std::vector<Rank>& ranks) {
             rank.from = heap;
             rank.to = in_place ? heap : heap + most_bytes;
         }
-        rank.execution = std::make_unique<Execution>(endpoint, &rank.remote);
+        rank.execution = std::make_unique<Execution>(endpoint, rank.plan->parameters.remotes ? &rank.remote : nullptr);
     }
     std::unique_ptr<Letters> letters;
     try {
@@ -239,6 +273,7 @@ void run(const Case& given, std::vector<Rank>& ranks) {
             for (uint32_t r = 0; r < size; ++r) {
                 Rank& rank = ranks[r];
                 try {
+                    const Fence fence(geometry, r);
                     if (letters) letters->progress(r);
                     if (!rank.runs) continue;
                     const Outcome outcome = rank.execution->progress();
@@ -268,8 +303,9 @@ void run(const Case& given, std::vector<Rank>& ranks) {
 
 }  // namespace
 
-extern "C" void report_fuzzing() {
+extern "C" long report_fuzzing() {
     std::printf("plans: %ld refused, %ld runs, %ld to the end\n", counts.refused, counts.run, counts.finished);
+    return counts.refused;
 }
 
 extern "C" const char* __asan_default_options() { return "max_allocation_size_mb=256:allocator_may_return_null=0"; }

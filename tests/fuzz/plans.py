@@ -8,6 +8,7 @@ that every kind of instruction, message and place occurs; the folder holds some 
 
 from __future__ import annotations
 
+import random
 import struct
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ from abccl.transports.types import NUMBERS, OPERATORS, numpy_dtype
 SLOT_BYTES = 1024
 LANES = 2
 MOST_RANKS = 4
-WAYS = (0, 1, 2 | 64, 3 | 8, 3 | 16, 4, 0 | 16 | 64, 32)
-TAPE = bytes(64)
+COUNTS = (0, 3, 40, 701, 1900)
+WAYS = (0, 1, 2 | 64, 3 | 8, 3 | 16, 4, 0 | 16 | 64, 32, 3 | 64, 3 | 8 | 64, 4 | 64)
+TAPES = (bytes(64), random.Random(3).randbytes(200))
 
 
 def cases() -> Iterator[Case]:
@@ -37,8 +39,8 @@ def cases() -> Iterator[Case]:
         for algorithm in algorithms(collective).values():
             for size in range(1, MOST_RANKS + 1):
                 if not algorithm.refusal(size):
-                    case = Case(algorithm, size, (0, 3, 40, 700)[(size + len(algorithm.name)) % 4], lanes=1 + size % 2)
-                    yield replace(case, segment=17 if size == 3 else None, uneven=size == 2)
+                    case = Case(algorithm, size, COUNTS[(size + len(algorithm.name)) % 5], lanes=1 + size % 2)
+                    yield replace(case, segment=17 if size == 3 else None, uneven=case.count % 2 == 0)
         if collective.reduces:
             scaled = Case(next(iter(algorithms(collective).values())), 3, 30, "bfloat16")
             yield replace(scaled, scaling=Scaling.AFTER)
@@ -74,7 +76,7 @@ def encoded(case: Case, near: int, way: int) -> bytes:
         out += struct.pack("<bbBH", NUMBERS[case.dtype], OPERATORS[case.op], straight, len(skeleton.blocks))
         for words in (np.asarray(code, "<i4"), plan.table.reshape(-1).astype("<i8")):
             out += struct.pack("<H", len(words)) + words.tobytes()
-    return out + TAPE
+    return out + TAPES[way // 64 % 2]
 
 
 def write(folder: Path) -> int:

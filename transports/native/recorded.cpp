@@ -271,6 +271,7 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                                bool well) { c.endpoint.recorder().end_message(number, peer, well); })
         .def("note", [](Communicator& c, const std::string& text) { c.endpoint.recorder().note(text); })
         .def("position", [](const Communicator& c) { return position_of(c.endpoint); })
+        .def("stragglers", [](const Communicator& c) { return c.endpoint.stragglers(c.endpoint.rank()); })
         .def("title", [](const Communicator& c) { return c.endpoint.title(); })
         .def(
             "status_words",
