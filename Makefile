@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-fake-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread clean
+.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-fake-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread fuzz fuzz-plans clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -158,7 +158,7 @@ format: $(INSTALLED) ## put all files into the format that check wants
 
 MYPY_TARGETS = -m abccl $(foreach room,algorithms bench collectives cuda tools transports,\
 	$(if $(wildcard $(room)/*.py),-p abccl.$(room)))
-CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.?pp tests/cuda/*.?pp cuda/*.cu cuda/*.cuh)
+CPP_FILES = $(NATIVE_SOURCES) $(NATIVE_HEADERS) $(wildcard tests/native/*.?pp tests/fuzz/*.?pp tests/cuda/*.?pp cuda/*.cu cuda/*.cuh)
 
 # ---- the native core by itself, as it is or under a sanitizer
 
@@ -196,15 +196,56 @@ sanitize: ## the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer an
 	@$(MAKE) --no-print-directory --output-sync=target $(JOBS) sanitize-address sanitize-thread
 
 # JOBS is empty: these share the jobs of the make above.
+ADDRESS_FLAGS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize-address:
-	@$(MAKE) --no-print-directory native-test VARIANT=asan JOBS= LIMIT=300 \
-		VARIANT_FLAGS='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
+	@$(MAKE) --no-print-directory native-test fuzz-plans VARIANT=asan JOBS= LIMIT=300 VARIANT_FLAGS='$(ADDRESS_FLAGS)'
 
 # ThreadSanitizer does not see fences, and g++ says so at each. The kernels have no threads, and under it test_fold
 # takes minutes.
 sanitize-thread:
 	@$(MAKE) --no-print-directory native-test VARIANT=tsan JOBS= LIMIT=300 WITHOUT=test_fold \
 		VARIANT_FLAGS='-O1 -Wno-tsan -fsanitize=thread' RUNNER='setarch -R env TSAN_OPTIONS=halt_on_error=1'
+
+# ---- fuzzing, and long runs: see docs/reliability.md
+
+SECONDS ?= 600
+CHANGES ?= 20000
+FUZZ := build/fuzz
+CLANG ?= $(shell command -v clang++ || command -v clang++-14)
+PARSERS := record rules table told topology
+
+$(FUZZ)/seeds: tests/fuzz/plans.py algorithms/plan.py
+	@rm -rf $@ && python tests/fuzz/plans.py $@
+
+$(OUT)/fuzz_plan: tests/fuzz/fuzz_plan.cpp $(if $(filter fuzz,$(VARIANT)),,tests/fuzz/alone.cpp) \
+		$(wildcard tests/fuzz/*.hpp tests/native/*.hpp) $(CORE_OBJECTS)
+	@mkdir -p $(@D)
+	@$(COMPILE) $(FUZZER) $(filter-out %.hpp,$^) -o $@
+
+ifeq ($(VARIANT),fuzz)
+# clang 14 does not know the kernels' target pragmas. g++ has the same AddressSanitizer.
+KERNELS := $(filter %/quantize.o %/fold.o %/fold_avx2.o %/fold_avx512.o %/fold_baseline.o,$(CORE_OBJECTS))
+$(KERNELS): override CXX := g++
+$(KERNELS): override VARIANT_FLAGS := -O1 -fsanitize=address
+endif
+
+fuzz-plans: $(OUT)/fuzz_plan $(FUZZ)/seeds
+	@echo "== plans, and $(CHANGES) changes of them"
+	@timeout $(LIMIT) $(OUT)/fuzz_plan $(CHANGES) $(FUZZ)/seeds
+
+fuzz: $(NATIVE) $(FUZZ)/seeds ## fuzz plans, files and messages, SECONDS (600) each; plans by libFuzzer, which wants clang++
+	@mkdir -p $(FUZZ)/corpus
+	@$(if $(CLANG),,echo "make fuzz: there is no clang++, which libFuzzer comes with:" \
+		"apt-get install --no-install-recommends clang-14 libclang-rt-14-dev" >&2; exit 1)
+	@$(MAKE) --no-print-directory $(JOBS) build/native-fuzz/fuzz_plan VARIANT=fuzz CXX=$(CLANG) FUZZER=-fsanitize=fuzzer \
+		VARIANT_FLAGS='$(ADDRESS_FLAGS) -fsanitize=fuzzer-no-link'
+	@echo "== plans, $(SECONDS) s"
+	@build/native-fuzz/fuzz_plan -max_total_time=$(SECONDS) -max_len=16384 -timeout=30 -print_final_stats=1 \
+		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus $(FUZZ)/seeds
+	@for parser in $(PARSERS); do \
+		echo "== $$parser, $(SECONDS) s"; \
+		python tests/fuzz/parsers.py $$parser --seconds $(SECONDS) --folder $(FUZZ)/$$parser || exit; \
+	done
 
 clean: ## remove what was built, but not .venv
 	@rm -rf build dist *.egg-info transports/_native*.so algorithms/simulator/_events*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

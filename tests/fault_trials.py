@@ -30,6 +30,9 @@ DELAY = 15
 TIMEOUT = 20.0
 """Seconds that an operation may take; no fault makes it last so long, so a run into it is a fault of the library."""
 
+GIVEN_UP = "the communicator of all ranks has failed"
+"""What a rank says then in all others, whose ranks would wait for it."""
+
 ALGORITHMS = {
     "all_reduce": ("ring", "direct", "recursive_doubling", "tree", "two_shot", "chain"),
     "reduce_scatter": ("ring", "direct"),
@@ -224,6 +227,8 @@ def run_program(world: Communicator, ops: Sequence[Op], parts: dict[int, Communi
             attempt(each[1], each[2], partial(finish, each[3], each[4]))
         attempt(op.group, number, partial(begin, op, number))
         if 0 in errors:
+            for part in parts.values():
+                part.abort(GIVEN_UP)
             break
     return {"errors": errors, "times": times, "wrong": wrong, "tail": tail}
 
@@ -337,8 +342,8 @@ def _faults_of(spec: Spec, rank: int, found: dict[str, Any], died: bool, is_over
             if not text.startswith(("PeerLost: ", "TransportError: ") if died else "TransportError: "):
                 faults.append(f"init raised {text}")
             continue
-        if group != "0" and is_over and "closed its communicator while" in text:
-            continue  # that of all ranks had failed before, and a rank has given up all its groups
+        if group != "0" and is_over and ("closed its communicator while" in text or GIVEN_UP in text):
+            continue
         order = members(spec, rank, int(group))
         if kind is None or spec.victim not in order:
             faults.append(f"group {group} raised {text}")

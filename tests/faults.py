@@ -29,7 +29,7 @@ from typing import Any
 LIMIT = 30.0
 """Seconds after which a rank counts as hung: it is told to show its stacks, and killed."""
 
-SETTLING = 3.0
+SETTLING = 10.0
 """Seconds that the machine has to forget what a job used: other programs use it, too."""
 
 _RESULT, _EXCHANGE, _REGROUP, _LOST = (bytes([number]) for number in range(4))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -296,7 +297,8 @@ def test_a_rank_that_dies_while_ranks_meet(when: str, here: ModuleType) -> None:
         if rank == VICTIM:
             assert isinstance(found, abccl.RankFailed) and "SIGKILL" in str(found)
         else:
-            assert str(found).startswith("PeerLost: ") and f"rank {VICTIM}" in str(found), found
+            # Who hears of it late may find that another survivor has ended since: "ranks 1, 2 ended".
+            assert re.match(rf"PeerLost: .*ranks? (\d, )*{VICTIM}\b", str(found)), found
 
 
 @pytest.mark.torch

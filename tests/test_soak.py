@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import resources
@@ -66,7 +67,7 @@ def test_what_grows_is_found() -> None:
             soak.check(0, resources.growth(calls, grows), soak.LIMITS, grows, "")
 
 
-def test_what_a_process_holds_is_seen() -> None:
+def holds() -> None:
     before = resources.held()
     kept = bytearray(b"x") * MEBIBYTE
     read, write = os.pipe()
@@ -76,3 +77,7 @@ def test_what_a_process_holds_is_seen() -> None:
     assert after.files == before.files + 2
     assert after.heap >= before.heap + len(kept) or not before.heap  # a C library that does not tell
     assert after.resident >= before.resident + len(kept) // 2
+
+
+def test_what_a_process_holds_is_seen(here: ModuleType) -> None:
+    abccl.spawn(here.holds, 1, timeout=60)

@@ -198,8 +198,7 @@ class JointExecution(Running):
     def __init__(self, prepared: JointPlan, input: int, output: int) -> None:
         self.prepared = prepared
         self.joint = self.transport = prepared.transport
-        self.number = self.transport.runs
-        self.transport.runs = (self.number + 1) & 0xFFFFFFFF
+        self.number = self.transport.begin_run(prepared.heads.operation.text)
         self.engine = self.joint.engine
         self.carried: list[_Carried] = []
         self.next_tick = time.monotonic() + TICK
@@ -265,7 +264,7 @@ class JointExecution(Running):
     def _check(self, message: _Carried, wanted: Wanted) -> None:
         length, head = message.request.length, bytes(message.data[:HEAD_BYTES])
         if length != message.request.wanted or head != message.head:
-            raise self.prepared.heads.mismatch(self.number, wanted, head, length)
+            raise self.prepared.heads.mismatch(self.number, wanted, head, length, self.joint.called)
 
 
 def divide(program: Sequence[Decoded], index: dict[int, int], near: int) -> npt.NDArray[np.int32]:

@@ -117,7 +117,7 @@ class Mutator {
     void change(Case& found) {
         for (uint32_t changes = 1 + below(3); changes > 0; --changes) {
             PlanParameters& p = found.plans[below(found.plans.size())];
-            switch (below(10)) {
+            switch (below(11)) {
                 case 0:
                     found.way = static_cast<uint8_t>(random_());
                     break;
@@ -153,6 +153,9 @@ class Mutator {
                         p.names.resize(p.table.size() / 3);
                     }
                     break;
+                case 9:
+                    recut(found);
+                    break;
                 case 7:
                 case 8:
                     change_instructions(p.code, found.plans[below(found.plans.size())].code);
@@ -184,6 +187,17 @@ class Mutator {
                 return below(8);
             default:
                 return static_cast<int64_t>(static_cast<uint64_t>(value) + below(5) - 2);
+        }
+    }
+
+    // Other segments, which all ranks agree on.
+    void recut(Case& found) {
+        const int64_t factor = 1 + below(4), part = 1 + below(4);
+        for (PlanParameters& p : found.plans) {
+            int64_t longest = 1;
+            for (size_t i = 0; i < p.table.size(); i += 3) longest = std::max(longest, p.table[i]);
+            p.segment = std::max<int64_t>(1, static_cast<int32_t>(p.segment) / part * factor);
+            p.segments = (longest - 1) / p.segment + 1;
         }
     }
 

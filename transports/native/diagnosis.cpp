@@ -124,6 +124,9 @@ void Endpoint::mismatch(uint32_t peer, const std::string& detail) {
         if (ours && theirs && ours->signature != theirs->signature)
             refuse_pair(number, ours->text, peer, "called " + theirs->text);
     }
+    // All signatures agree, and the sizes do not: the peer may have gone on since.
+    if (const auto same = read_operation(control(peer).flight, sequence_))
+        refuse_pair(sequence_, *text_, peer, "called " + same->text + detail);
     const uint64_t entered = control(peer).entered.load(std::memory_order_acquire);
     const auto latest = read_operation(control(peer).flight, entered);
     refuse_pair(sequence_, *text_, peer,
@@ -182,8 +185,9 @@ std::pair<uint64_t, std::optional<std::string>> Endpoint::published(uint32_t pee
 }
 
 uint64_t Endpoint::decide(uint32_t question, uint64_t value) {
-    if (question >= decisions_kept || value == 0)
-        throw Failure(Kind::argument, "there are " + std::to_string(decisions_kept) + " questions, and 0 is no answer");
+    if (question >= decisions_kept)
+        throw Failure(Kind::argument, "there are " + std::to_string(decisions_kept) + " questions");
+    if (value == 0) return control(0).decisions[question].load(std::memory_order_acquire);  // only asks
     uint64_t first = 0;
     return control(0).decisions[question].compare_exchange_strong(first, value, std::memory_order_acq_rel) ? value
                                                                                                            : first;

@@ -195,9 +195,20 @@ const Descriptor* Endpoint::try_receive(uint32_t peer, uint32_t lane) {
     return &descriptor;
 }
 
-const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) const {
-    if (descriptor.where == inlined) return descriptor.payload;
-    return regions_[peer]->base() + static_cast<size_t>(descriptor.where) * cache_line;
+const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) {
+    if (descriptor.where == inlined) {
+        if (descriptor.length > inline_bytes) spoilt(peer);
+        return descriptor.payload;
+    }
+    const size_t start = static_cast<size_t>(descriptor.where) * cache_line;
+    if (start + descriptor.length > geometry_.bytes()) spoilt(peer);
+    return regions_[peer]->base() + start;
+}
+
+void Endpoint::spoilt(uint32_t peer) {
+    fail(static_cast<uint32_t>(Kind::transport),
+         name(rank_) + " found a message of " + name(peer) +
+             " that lies outside of its memory: something has overwritten the memory that they share");
 }
 
 void Endpoint::release(uint32_t peer, uint32_t lane) {
@@ -292,6 +303,8 @@ void Endpoint::throw_abort() const {
     const uint32_t culprit = (word & 0xFFFFFF) - 1;
     if (word >> 24 == static_cast<uint32_t>(Kind::closed))
         throw Failure(Kind::closed, "the communicator was closed while this operation was pending");
+    if (culprit >= geometry_.size || word >> 24 > static_cast<uint32_t>(Kind::aborted) || word >> 24 == 0)
+        throw Failure(Kind::transport, "something has overwritten the shared memory of " + name(rank_));
     const Control& theirs = control(culprit);
     throw Failure(static_cast<Kind>(word >> 24),
                   std::string(theirs.reason, strnlen(theirs.reason, sizeof(theirs.reason))));

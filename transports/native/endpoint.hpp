@@ -122,8 +122,10 @@ class Endpoint {
     }
     // The next message from the peer, or null. Its bytes stay valid until `release` of its channel.
     const Descriptor* try_receive(uint32_t peer, uint32_t lane);
-    // Where its bytes lie, if not lent.
-    const uint8_t* payload(uint32_t peer, const Descriptor& descriptor) const;
+    // Where its bytes lie, if not lent. What a peer says of its region is not taken on trust.
+    const uint8_t* payload(uint32_t peer, const Descriptor& descriptor);
+    // A peer's part of the shared memory says what no peer writes.
+    [[noreturn]] void spoilt(uint32_t peer);
     // Where part number `part` of a message of the peer's heap lies.
     const uint8_t* direct_part(uint32_t peer, const Descriptor& descriptor, size_t part, size_t bytes);
     // Copies the parts of a message in the peer's private memory to where the spans say.
@@ -224,7 +226,8 @@ class Endpoint {
     void publish(uint64_t round, const void* data, size_t bytes);
     // The newest round that a peer has shown, and what it showed as this one, if that is still there.
     std::pair<uint64_t, std::optional<std::string>> published(uint32_t peer, uint64_t round) const;
-    // The answer to a question: the first value that any rank gives, which is not 0. The memory outlives its owner.
+    // The answer to a question: the first value that any rank gives; 0 only asks, and is the answer as long as there is
+    // none. The memory outlives its owner.
     uint64_t decide(uint32_t question, uint64_t value);
 
     Patience patience() const { return patience_; }

@@ -24,6 +24,11 @@ constexpr size_t tile_bytes = 8192;
 void Execution::start(const Plan& plan, const void* input, void* output) {
     if (plan.parameters.remotes != 0 && !remote_)
         throw Failure(Kind::argument, "a plan with remote peers wants somebody who carries messages to them");
+    const Geometry& geometry = endpoint_.geometry();
+    if (static_cast<uint32_t>(plan.parameters.size) != geometry.size ||
+        static_cast<uint32_t>(plan.parameters.rank) != endpoint_.rank() ||
+        static_cast<uint32_t>(plan.parameters.lanes) > geometry.lanes || plan.longest_message > geometry.slot_bytes)
+        throw Failure(Kind::argument, "a plan runs on the communicator that it was made for, and this is another");
     plan_ = &plan;
     input_ = static_cast<const uint8_t*>(input);
     output_ = static_cast<uint8_t*>(output);
@@ -84,7 +89,7 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
         lane.scratch = aligned + lane_bytes * l;
         const size_t registers = static_cast<size_t>(plan.parameters.registers);
         if (lane.registers.size() < registers) lane.registers.resize(registers);
-        lane.parts.resize(registers * plan.max_parts);
+        lane.parts.resize(plan.step_parts);
         if (way_.lent) lane.lent.assign(plan.peers.size(), 0);
         if (l < plan.parameters.segments && !plan.rows.empty()) ++unfinished_;
     }
@@ -276,7 +281,7 @@ bool Execution::receive(const Row& row, uint32_t lane_index, Lane& lane) {
     size_t bytes = message_bytes(row, lane, false);
     Register& reg = lane.registers[static_cast<size_t>(row.reg)];
     reg.peer = peer;
-    reg.first = static_cast<uint32_t>(static_cast<size_t>(row.reg) * plan.max_parts);
+    reg.first = row.part;
     reg.holds = !arrived && (bytes != 0 || lane.segment == 0);
     if (is_remote(peer)) return receive_remote(row, lane_index, lane, bytes);
     const Descriptor* descriptor = nullptr;

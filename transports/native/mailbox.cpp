@@ -160,15 +160,19 @@ bool Mailbox::progress_receives(uint32_t peer) {
             const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
             if (!descriptor) return moved;
             check_signature(peer, *descriptor, announcement_signature);
+            const uint8_t* payload = endpoint_.payload(peer, *descriptor);
             Announcement announcement;
-            std::memcpy(&announcement, descriptor->payload, sizeof(announcement));
+            std::memcpy(&announcement, payload, sizeof(announcement));
             const size_t now = descriptor->length - sizeof(announcement);
+            if (now > bytes_with_announcement || (now != 0 && now != announcement.bytes) ||
+                announcement.bytes > PTRDIFF_MAX)
+                endpoint_.spoilt(peer);
             a.open = true;
             a.tag = announcement.tag;
             a.bytes = announcement.bytes;
             a.moved = 0;
             a.matched = a.unexpected = false;
-            a.kept.assign(descriptor->payload + sizeof(announcement), descriptor->payload + sizeof(announcement) + now);
+            a.kept.assign(payload + sizeof(announcement), payload + sizeof(announcement) + now);
             endpoint_.release(peer, lane_);
             moved = true;
         }
@@ -184,7 +188,9 @@ bool Mailbox::progress_receives(uint32_t peer) {
             if (!descriptor) return moved;
             check_signature(peer, *descriptor, bytes_signature);
             uint8_t* to = a.matched ? a.receive.data : a.kept.data();
-            std::memcpy(to + a.moved, endpoint_.payload(peer, *descriptor), descriptor->length);
+            const uint8_t* payload = endpoint_.payload(peer, *descriptor);
+            if (descriptor->length > a.bytes - a.moved) endpoint_.spoilt(peer);
+            std::memcpy(to + a.moved, payload, descriptor->length);
             a.moved += descriptor->length;
             endpoint_.release(peer, lane_);
             moved = true;

@@ -289,11 +289,13 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                  c.on_failure = [kept] {
                      if (!Py_IsInitialized()) return;
                      WithGil acquired;
-                     try {
-                         (*kept)();
-                     } catch (py::error_already_set& error) {
-                         error.discard_as_unraisable("abccl: a failure's callback");
-                     }
+                     take_gil([&] {  // Python gives the lock back, and takes it again
+                         try {
+                             (*kept)();
+                         } catch (py::error_already_set& error) {
+                             error.discard_as_unraisable("abccl: a failure's callback");
+                         }
+                     });
                  };
              })
         .def(
