@@ -83,9 +83,9 @@ class ShmBoard(Board):
 class StoreBoard(Board):
     """Ranks that share one of torch's stores. Whoever keeps the store (torchrun, else rank 0) must live.
 
-    A rank of another host is held for lost when ranks of its own host say so; or when the connection to it is gone and
-    it has not come for GRACE seconds. That is no proof: Gloo breaks connections between living ranks, too, when one of
-    its collectives fails. Once a rank has come only its own host, or a deadline, can tell that it is lost.
+    A rank of another host is held for lost when the connection to it is gone and it has not come for GRACE seconds.
+    That is no proof: Gloo breaks connections between living ranks, too, when one of its collectives fails. Once a rank
+    has come only its own host, or a deadline, can tell that it is lost.
 
     Args:
         store: its keys must be new for this board.
@@ -98,7 +98,6 @@ class StoreBoard(Board):
     def __init__(self, store: Any, joint: JointTransport) -> None:
         self.rank, self.size, self.store, self._joint = joint.rank, joint.size, store, joint
         self._grace = time.monotonic() + GRACE
-        self._told: set[int] = set()  # who is lost
 
     def publish(self, round: int, blob: bytes) -> None:
         """See `Board.publish`."""
@@ -126,20 +125,11 @@ class StoreBoard(Board):
 
     def lost(self, rank: int) -> bool:
         """See `Board.lost`."""
-        if rank == self.rank:
-            return False
-        joint, key = self._joint, f"lost/{rank}"
+        joint = self._joint
         if joint.is_near(rank):
-            lost = bool(joint.local.native.gone(joint.index[rank]))
-        elif self._get(key) is not None:
-            return True
-        else:
-            silent = time.monotonic() > self._grace and joint.network.has_lost(rank)
-            lost = silent and self.read(rank, 0)[0] == 0
-        if lost and rank not in self._told:
-            self._ask(lambda: self.store.set(key, ""))
-            self._told.add(rank)
-        return lost
+            return rank != self.rank and bool(joint.local.native.gone(joint.index[rank]))
+        silent = time.monotonic() > self._grace and joint.network.has_lost(rank)
+        return silent and self.read(rank, 0)[0] == 0
 
     def _get(self, key: str) -> bytes | None:
         return self._ask(lambda: bytes(self.store.get(key)) if self.store.check([key]) else None)

@@ -271,7 +271,7 @@ def run_trial(plain: dict[str, Any]) -> dict[str, Any]:
 
     found = suffer()
     _native.inject("", "", 0)
-    found["left"] = {kind: number - before[kind] for kind, number in faults.inventory().items()}
+    found["left"] = faults.left_since(before)
     found["again"] = goes_on(partial(faults.joined, timeout=TIMEOUT))
     return found
 

@@ -150,6 +150,16 @@ def inventory() -> dict[str, int]:
     }
 
 
+def left_since(before: dict[str, int]) -> dict[str, int]:
+    """What this process has more of than before, once its progress thread has had time to let go: 2 s at most."""
+    until = time.monotonic() + 2.0
+    while True:
+        left = {kind: number - before[kind] for kind, number in inventory().items()}
+        if (left["files"] <= 0 and left["maps"] <= 0) or time.monotonic() > until:
+            return left
+        time.sleep(0.02)
+
+
 def _alone() -> Any:
     return importlib.import_module("abccl.collectives.bootstrap").Alone()
 

@@ -148,7 +148,7 @@ def survive(do: Callable[[Communicator], Any], timeout: float = 60.0) -> dict[st
 
     before = faults.inventory()
     found = suffer()
-    found["left"] = {kind: number - before[kind] for kind, number in faults.inventory().items()}
+    found["left"] = faults.left_since(before)
     return found | {"sum": go_on()}
 
 

@@ -272,6 +272,9 @@ class Joint:
         self.rank, self.size = rank, size
         self.network = SimpleNamespace(has_lost=lambda peer: peer in gone)
 
+        self.index = {rank: 0}
+        self.local = SimpleNamespace(native=SimpleNamespace(gone=lambda index: True))
+
     def is_near(self, rank: int) -> bool:
         return rank == self.rank
 
@@ -286,6 +289,28 @@ def agree(joint: Any, store: Any, timeout: float) -> tuple[int, ...] | str:
         return run(Agreement(StoreBoard(store, joint), build, timeout))[1]
     except Aborted as error:
         return str(error)
+
+
+@pytest.mark.torch
+def test_a_store_as_a_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import HashStore
+
+    store, gone = HashStore(), {0, 1}
+    one, other = (StoreBoard(store, Joint(rank, 3, gone)) for rank in range(2))  # type: ignore[arg-type]
+    assert one.read(1, 1) == (0, None)
+    for round in (4, 5, 6):
+        other.publish(round, b"%d" % round)
+    assert [one.read(1, round) for round in (4, 5, 6, 7)] == [(6, None), (6, b"5"), (6, b"6"), (6, None)]
+
+    assert one.decided(3) is None
+    assert [one.decide(3, 7), other.decide(3, 8), other.decided(3), one.decided(4)] == [7, 7, 7, None]
+
+    # Rank 0 has not come, and the connection to it is gone; rank 1 has come.
+    assert not other.lost(0)
+    monkeypatch.setattr(board, "GRACE", 0.0)
+    one, other = (StoreBoard(store, Joint(rank, 3, gone)) for rank in range(2))  # type: ignore[arg-type]
+    assert [one.lost(0), one.lost(1), one.lost(2)] == [False, False, False]
+    assert [other.lost(0), other.lost(1), other.lost(2)] == [True, False, False]
 
 
 @pytest.mark.torch

@@ -31,7 +31,7 @@ def test_random_calls_and_messages_and_nothing_grows(capfd: pytest.CaptureFixtur
     print(f"python tests/soak.py --calls 320 --ranks {RANKS} --seed {seed}")
     summaries = abccl.spawn(soak.soak, RANKS, (320, seed, None, 40, 16.0), timeout=100)
     for summary in summaries:
-        assert summary.calls > 200 and summary.messages > 20 and summary.parts > 2
+        assert summary.calls > 200
     assert len({(summary.calls, summary.parts) for summary in summaries}) == 1
     assert "320 of 320" in capfd.readouterr().out
 

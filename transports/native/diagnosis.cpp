@@ -44,7 +44,9 @@ uint64_t Endpoint::enter(uint32_t signature, const std::string& text, uint32_t t
 
 uint64_t Endpoint::begin_call(uint32_t signature, const std::string& text, uint64_t bytes) {
     called_ = text;
-    return enter(signature, called_, recorder_.text(text, bytes));
+    const uint64_t number = enter(signature, called_, recorder_.text(text, bytes));
+    recorder_.started(number);
+    return number;
 }
 
 void Endpoint::number_from_here() {
@@ -76,6 +78,7 @@ Endpoint::Position Endpoint::position(uint32_t peer) const {
         const ClockReading now = clocks(control_->flight);
         const bool ended = last->end != 0;
         position.last = last->text;
+        if (!ended && last->start == 0) return position;
         position.ago =
             static_cast<double>(now.ns) * 1e-9 - now.seconds((ended ? last->end : last->start) & ~has_failed);
     }

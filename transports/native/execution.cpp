@@ -116,6 +116,7 @@ Outcome Execution::progress() {
         endpoint_.finish();
         return Outcome::done;
     }
+    endpoint_.recorder().started(endpoint_.sequence());
     if (!moved && !blocked_) pass(faults::Point::wait);
     blocked_ = !moved;
     return moved ? Outcome::moved : Outcome::blocked;

@@ -37,7 +37,7 @@ struct CallText {
     SharedText<20> text;
 };
 
-// A collective. Times are in ticks; the end is 0 while it runs.
+// A collective. Times are in ticks; the start is 0 for a moment, the end is 0 while it runs.
 struct OperationEntry {
     std::atomic<uint64_t> number;
     std::atomic<uint32_t> signature;
@@ -117,12 +117,21 @@ class Recorder {
         entry.signature.store(signature, std::memory_order_release);
         entry.text.store(text, std::memory_order_release);
         entry.end.store(0, std::memory_order_release);
-        entry.start.store(now(), std::memory_order_release);
+        entry.start.store(0, std::memory_order_release);
         entry.number.store(number, std::memory_order_release);
+        started_ = false;
+    }
+    // The operation has begun: told when its first messages have left, and the stamp delays nobody.
+    void started(uint64_t number) {
+        if (started_) return;
+        started_ = true;
+        flight_.operations[number % recorded_operations].start.store(now(), std::memory_order_release);
     }
     void end(uint64_t number, bool well = true) {
         OperationEntry& entry = flight_.operations[number % recorded_operations];
-        entry.end.store(well ? now() : now() | has_failed, std::memory_order_release);
+        const uint64_t end = now();
+        if (!started_) entry.start.store(end, std::memory_order_release);
+        entry.end.store(well ? end : end | has_failed, std::memory_order_release);
     }
     // The number of a text that will be there as long as an operation that begins now. `known` is what the last call
     // for the same text returned, or 0.
@@ -136,6 +145,8 @@ class Recorder {
     // Whether the steps of a plan with messages of so many bytes are worth their stamps.
     bool wants_steps(size_t longest_message) const { return all_steps_ || longest_message > 4096; }
     void set_all_steps(bool all) { all_steps_ = all; }
+    // To measure what the stamps cost.
+    void set_stamps(bool stamps) { stamps_ = stamps; }
     void step(uint64_t number, uint32_t lane, int64_t segment, uint32_t step, int32_t peer);
     void waits(uint64_t number, int32_t step, int32_t peer, const std::string& text);
     void note(const std::string& text) { flight_.wait.note.store(text); }
@@ -148,12 +159,12 @@ class Recorder {
     const Flight& flight() const { return flight_; }
 
   private:
-    static uint64_t now() { return ticks() & ~has_failed; }
+    uint64_t now() const { return stamps_ ? ticks() & ~has_failed : 1; }
     uint32_t add(const std::string& text, uint64_t bytes);
 
     Flight& flight_;
     uint32_t newest_text_ = 0;
-    bool all_steps_ = false;
+    bool all_steps_ = false, stamps_ = true, started_ = false;
     std::unordered_map<std::string, uint32_t> known_;
 };
 

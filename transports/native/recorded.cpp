@@ -30,7 +30,7 @@ py::object rank_or_none(int32_t rank) { return rank == nobody ? py::object(py::n
 
 // "start", "end" and "state" of an entry.
 void tell_times(py::dict& entry, uint64_t start, uint64_t end, const ClockReading& now) {
-    entry["start"] = now.seconds(start);
+    entry["start"] = now.seconds(start == 0 ? now.counted : start);
     entry["end"] = end == 0 ? py::object(py::none()) : py::object(py::float_(now.seconds(end & ~has_failed)));
     entry["state"] = end == 0 ? "running" : end & has_failed ? "failed" : "finished";
 }
@@ -299,21 +299,8 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                  };
              })
         .def(
-            "time_records",
-            [](Communicator& c, uint32_t calls) {
-                WithoutGil released;
-                Endpoint& endpoint = c.endpoint;
-                const std::string text = "barrier(timed)";
-                const uint32_t number = endpoint.recorder().text(text, 0);
-                const uint64_t start = ticks();
-                for (uint32_t call = 0; call < calls; ++call) {
-                    endpoint.enter(0, text, number);
-                    endpoint.finish();
-                }
-                const ClockReading now = clocks(endpoint.control().flight);
-                return static_cast<double>(now.counted - start) * now.ns_per_tick * 1e-9;
-            },
-            py::arg("calls"), "Seconds that so many collectives take that do nothing but to be recorded.")
+            "set_stamps", [](Communicator& c, bool stamps) { c.endpoint.recorder().set_stamps(stamps); },
+            py::arg("stamps"), "Whether records have times: to measure what these cost.")
         .def("gone", [](const Communicator& c, uint32_t peer) { return c.endpoint.gone(peer); })
         .def("board_publish",
              [](Communicator& c, uint64_t round, const py::bytes& blob) {
