@@ -20,7 +20,7 @@ CORE_SOURCES := $(filter-out /dev/null,$(shell grep -L pybind11 /dev/null $(NATI
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-fake-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread fuzz fuzz-plans clean
+.PHONY: help install demo figures performance tuning-docs validate-model validate-simulator test test-mpich test-gpu test-fake-gpu test-torch check format native-test sanitize sanitize-address sanitize-thread fuzz fuzz-plans soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/%/N/; s/:.*## /\t/' | expand -t 14
@@ -228,6 +228,20 @@ KERNELS := $(filter %/quantize.o %/fold.o %/fold_avx2.o %/fold_avx512.o %/fold_b
 $(KERNELS): override CXX := g++
 $(KERNELS): override VARIANT_FLAGS := -O1 -fsanitize=address
 endif
+
+# The long tests whole. What they found stands in docs/reliability.md.
+soak: $(NATIVE) ## the long tests whole: random calls, growth, faults, fuzzing (an hour and a half)
+	@echo "== random calls"
+	@ABCCL_TEST_EXAMPLES=20 python -m pytest tests/test_random_calls.py tests/test_cubins.py
+	@echo "== growth"
+	@python tests/soak.py --calls 12500 --ranks 4
+	@python tests/soak.py --calls 2400 --ranks 3 --transport gloo --slack 256
+	@OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+		python tests/soak.py --calls 1000 --ranks 3 --transport mpi --slack 128
+	@python tests/soak.py --communicators 200 --ranks 2
+	@echo "== faults"
+	@python tests/soak_faults.py --seconds 1200
+	@$(MAKE) --no-print-directory fuzz
 
 fuzz-plans: $(OUT)/fuzz_plan $(FUZZ)/seeds
 	@echo "== plans, and $(CHANGES) changes of them"

@@ -468,7 +468,11 @@ def _connect(
         name = f"default {number}" if number > 1 else "default"
     say_start(bootstrap.rank, bootstrap.size, bootstrap.how, name)
     reached, topology = reach(bootstrap, wanted)
-    tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
+    try:
+        tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
+    except BaseException:
+        reached.close()  # peers that measure with this rank must not wait for it
+        raise
     say_connected(wanted, reached, topology, tuner, name)
     return Communicator(reached, timeout=timeout, reproducible=reproducible, topology=topology, tuner=tuner, name=name)
 

@@ -98,8 +98,15 @@ class FailureCalls(ABC):
         return flight.dump(self, path)
 
     def abort(self, reason: str = "abort() was called") -> None:
-        """Make every rank's present and future calls raise `Aborted`. From any thread."""
+        """Make every rank's present and future calls raise `Aborted`. From any thread.
+
+        If this rank shrinks meanwhile, that ends on all ranks, and the ranks can not shrink this communicator again. An
+        abort before that does not: abort, then shrink, is how ranks leave a collective together.
+        """
         self._check_usable()
+        shrinking = self._shrinking
+        if shrinking is not None:
+            shrinking.is_aborted = True
         error = Aborted(f"rank {self.rank}: {reason}")
         if self._devices is not None:
             self._devices.abort(error)
@@ -116,7 +123,7 @@ class FailureCalls(ABC):
                 communicator's if None.
 
         Raises:
-            PeerLost: the others have left this rank out.
+            Aborted: the others have left this rank out, as it came too late; or abort() was called meanwhile.
             TransportError: there is no way for survivors to agree; the message says what to do.
         """
         from .shrink import shrink

@@ -271,6 +271,10 @@ class Transport(ABC):
         """An image of these bytes where plans can use it. The caller keeps both while it is used."""
         return _InPlace(image)
 
+    def has_lost(self, peer: int) -> bool:
+        """Whether the connection to the peer is known to be gone. From any thread, and after an abort."""
+        return False
+
     def set_bell(self, ring: Callable[[], None]) -> bool:
         """Call `ring`, from any thread, whenever `progress` may find something new.
 

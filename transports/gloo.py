@@ -119,6 +119,7 @@ class _Channel:
         self.offered: dict[int, _Post] = {}
         self.accepted: dict[int, _Post] = {}
         self.lost: RuntimeError | None = None
+        self.ended = False  # the connection, which `progress` may not have seen yet
 
 
 _open: set[GlooTransport] = set()
@@ -233,6 +234,10 @@ class GlooTransport(Transport):
         """Sleep until a message or an abort comes."""
         if not self._finished:
             self._woken.wait(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+
+    def has_lost(self, peer: int) -> bool:
+        """See `Transport.has_lost`."""
+        return peer in self._channels and self._channels[peer].ended
 
     def set_bell(self, ring: Callable[[], None]) -> bool:
         """See `Transport.set_bell`."""
@@ -359,7 +364,7 @@ class GlooTransport(Transport):
                 self._tell((channel, buffer))
                 self._listen(channel)
         except RuntimeError as error:
-            self._tell((channel, error))
+            self._lose(channel, error)
 
     def _tell(self, item: tuple[_Channel, Any] | None) -> None:
         if item is not None:
@@ -396,6 +401,7 @@ class GlooTransport(Transport):
         return True
 
     def _lose(self, channel: _Channel, error: RuntimeError) -> None:
+        channel.ended = True
         self._tell((channel, error))
 
     def _handle(self, channel: _Channel, news: Any) -> None:

@@ -340,7 +340,8 @@ class MPITransport(Transport):
     def lost(self, error: Any) -> PeerLost:
         """The error for a failed call of MPI's. One that tolerates faults, as Open MPI with ULFM, knows who is dead."""
         text, dead = _first_line(error), []
-        with contextlib.suppress(AttributeError, NotImplementedError, self.mpi.Exception):  # mpi4py 4.0 has no such call
+        # mpi4py 4.0 has no such call.
+        with contextlib.suppress(AttributeError, NotImplementedError, self.mpi.Exception):
             dead = self.comm.Get_failed().Translate_ranks(None, self.comm.Get_group())
         if dead:
             text = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} ended ({text}): look at that output"

@@ -123,7 +123,11 @@ class ShmTransport(Transport):
         self.native.set_patience(*((20, 500) if size > self.cores else (200, 4000)))
         self.native.streaming_from = NEVER
         self.protocol: str | None = None
-        self.probe_link()
+        try:
+            self.probe_link()
+        except BaseException:
+            self.native.close()  # peers that still measure must not wait for this rank
+            raise
         if not self._named:
             # All have read what the probe wrote: the last message of it came from ranks that were done.
             arena = self.geometry.arena_at

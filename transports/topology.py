@@ -81,39 +81,59 @@ def topology_of(hosts: Iterable[Iterable[int]]) -> Topology:
 
 
 def find_topology(rank: int, size: int, exchange: Exchange) -> Topology:
-    """Find out where the ranks are. Collective; two exchanges."""
-    with contextlib.ExitStack() as regions:
-        trials = []
-        for named in (False, True):
-            with contextlib.suppress(AbcclError):  # /dev/shm may be read-only, full, or not there
-                trials.append(_Trial(named))
-                regions.callback(trials[-1].region.unlink_name)
-        card: dict[str, Any] = {
-            "host": host_identity(),
-            "name": os.environ.get(HOST) or socket.gethostname(),
-            "place": _place(),
-        }
-        card |= {"pid": os.getpid(), "trials": [trial.card for trial in trials]}
-        cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
-        attached = {peer: how for peer in range(size) if (how := _attaches(card, cards[peer])) is not None}
-        try:
-            everyone = [json.loads(blob) for blob in exchange(json.dumps(attached).encode())]
-        except BaseException:
-            _unlink_all(cards)  # a rank that has died can not do it
-            raise
+    """Find out where the ranks are. Collective; two exchanges, four where process entries can not be opened."""
+    card = {
+        "host": host_identity(),
+        "name": os.environ.get(HOST) or socket.gethostname(),
+        "place": _place(),
+        "pid": os.getpid(),
+    }
+    cards, met = _meet(False, card, exchange)
+    named = not _all_met(cards, met)
+    if named:
+        again = _meet(True, card, exchange)[1]
+        met = [one | other for one, other in zip(met, again, strict=True)]
     groups: list[list[int]] = []
     for one in range(size):
         for group in groups:
-            if all(str(other) in everyone[one] and str(one) in everyone[other] for other in group):
+            if all(other in met[one] and one in met[other] for other in group):
                 group.append(one)
                 break
         else:
             groups.append([one])
-    return Topology(tuple(_hosts(groups, cards)), any(named for found in everyone for named in found.values()))
+    return Topology(tuple(_hosts(groups, cards)), named and any(len(group) > 1 for group in groups))
+
+
+def _meet(named: bool, card: dict[str, Any], exchange: Exchange) -> tuple[list[dict[str, Any]], list[set[int]]]:
+    """All ranks' cards, and whose pages each has found. Collective; two exchanges.
+
+    Nothing with a name is left behind by a rank that dies meanwhile, as long as one other lives.
+    """
+    with contextlib.ExitStack() as regions:
+        trial = None
+        with contextlib.suppress(AbcclError):  # /dev/shm may be read-only, full, or not there
+            trial = _Trial(named)
+            regions.callback(trial.region.unlink_name)
+        cards = [json.loads(blob) for blob in exchange(json.dumps(card | {"trial": trial and trial.card}).encode())]
+        found = [peer for peer, theirs in enumerate(cards) if _attaches(card, theirs)]
+        try:
+            everyone = [set(json.loads(blob)) for blob in exchange(json.dumps(found).encode())]
+        except BaseException:
+            _unlink_all(cards)  # a rank that has died can not do it
+            raise
+    return cards, everyone
+
+
+def _all_met(cards: Sequence[dict[str, Any]], met: Sequence[set[int]]) -> bool:
+    """Whether all that seem to be on one host have found each other."""
+    hosts: dict[str, set[int]] = {}
+    for rank, card in enumerate(cards):
+        hosts.setdefault(card["host"], set()).add(rank)
+    return all(hosts[card["host"]] <= found for card, found in zip(cards, met, strict=True))
 
 
 def _unlink_all(cards: Sequence[dict[str, Any]]) -> None:
-    for trial in (trial for card in cards for trial in card["trials"] if trial["name"]):
+    for trial in (card["trial"] for card in cards if card["trial"] and card["trial"]["name"]):
         with contextlib.suppress(OSError):
             os.unlink(f"/dev/shm{trial['name']}")
 
@@ -154,22 +174,20 @@ class _Trial:
         self.card = {"bytes": size, "fd": self.region.fd, "name": name if named else "", "token": token}
 
 
-def _attaches(own: dict[str, Any], theirs: dict[str, Any]) -> bool | None:
-    """Whether this process finds the other's pages by a name only; None if it finds them in no way."""
-    if own["host"] != theirs["host"]:
-        return None
-    for trial in theirs["trials"]:
-        try:
-            region = (
-                _native.Region.attach_named(trial["name"], trial["bytes"])
-                if trial["name"]
-                else _native.Region.attach(theirs["pid"], trial["fd"], trial["bytes"])
-            )
-        except AbcclError:
-            continue
-        if _TOKEN.from_address(region.address).value == trial["token"]:
-            return bool(trial["name"])
-    return None
+def _attaches(own: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether this process finds the other's page."""
+    trial = theirs["trial"]
+    if own["host"] != theirs["host"] or trial is None:
+        return False
+    try:
+        region = (
+            _native.Region.attach_named(trial["name"], trial["bytes"])
+            if trial["name"]
+            else _native.Region.attach(theirs["pid"], trial["fd"], trial["bytes"])
+        )
+    except AbcclError:
+        return False
+    return bool(_TOKEN.from_address(region.address).value == trial["token"])
 
 
 def _place() -> list[str]:

@@ -39,6 +39,7 @@ struct {
 struct Rank {
     std::unique_ptr<const Plan> plan;
     std::unique_ptr<uint8_t[]> input, output;
+    size_t input_bytes = 0;
     const void* from = nullptr;
     void* to = nullptr;
     RemoteQueue remote{header_bytes};  // used by plans with remote peers
@@ -148,7 +149,7 @@ void spoil(const Geometry& geometry, Input& tape) {
             d.length = value;
             break;
         case 5:
-            d.length += value % 64;
+            d.length = value % 320;
             break;
         case 6:
             d.sequence.store(d.sequence.load() + value % 3);
@@ -240,7 +241,8 @@ void run(const Case& given, std::vector<Rank>& ranks) {
         const size_t in = static_cast<size_t>(rank.plan->parameters.input_count) * rank.plan->itemsize;
         const size_t out = static_cast<size_t>(rank.plan->parameters.output_count) * rank.plan->itemsize;
         const bool in_place = given.way & 16 && can_be_in_place(*rank.plan);
-        rank.input = buffer(in_place ? 0 : in);
+        rank.input_bytes = in_place ? 0 : in;
+        rank.input = buffer(rank.input_bytes);
         rank.output = buffer(in_place ? std::max(in, out) : out);
         rank.from = in_place ? rank.output.get() : rank.input.get();
         rank.to = rank.output.get();
@@ -296,7 +298,10 @@ void run(const Case& given, std::vector<Rank>& ranks) {
                 spoilt = true;
             }
         }
-        for (Rank& rank : ranks)
+        for (const Rank& rank : ranks)
+            for (size_t i = 0; rank.plan && rank.from == rank.input.get() && i < rank.input_bytes; ++i)
+                require(rank.input[i] == 1, "an input stays as it is");
+        for (const Rank& rank : ranks)
             if (rank.runs) return;  // stuck: the memory may still be read, and there is no other run
     }
 }

@@ -3,7 +3,7 @@
     python tests/fuzz/plans.py FOLDER
 
 Each algorithm is lowered for some ranks on one host, and for as many that are half on another. `cases` are chosen so
-that every kind of instruction, message and place occurs; the folder holds some 150 files of a kilobyte.
+that every kind of instruction, message and place occurs; the folder holds some 600 files of a kilobyte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from abccl.transports.types import NUMBERS, OPERATORS, numpy_dtype
 SLOT_BYTES = 1024
 LANES = 2
 MOST_RANKS = 4
-COUNTS = (0, 3, 40, 701, 1900)
+COUNTS = (0, 3, 40, 701)
+LONG = 1900  # several segments, of all messages
 WAYS = (0, 1, 2 | 64, 3 | 8, 3 | 16, 4, 0 | 16 | 64, 32, 3 | 64, 3 | 8 | 64, 4 | 64)
 TAPES = (bytes(64), random.Random(3).randbytes(200))
 
@@ -38,9 +39,12 @@ def cases() -> Iterator[Case]:
     for collective in Collective:
         for algorithm in algorithms(collective).values():
             for size in range(1, MOST_RANKS + 1):
-                if not algorithm.refusal(size):
-                    case = Case(algorithm, size, COUNTS[(size + len(algorithm.name)) % 5], lanes=1 + size % 2)
-                    yield replace(case, segment=17 if size == 3 else None, uneven=case.count % 2 == 0)
+                if algorithm.refusal(size):
+                    continue
+                case = Case(algorithm, size, COUNTS[(size + len(algorithm.name)) % len(COUNTS)], lanes=1 + size % 2)
+                yield replace(case, segment=17 if size == 3 else None, uneven=case.count % 2 == 0)
+                if size == MOST_RANKS:
+                    yield replace(case, count=LONG)
         if collective.reduces:
             scaled = Case(next(iter(algorithms(collective).values())), 3, 30, "bfloat16")
             yield replace(scaled, scaling=Scaling.AFTER)
@@ -85,7 +89,9 @@ def write(folder: Path) -> int:
     count = 0
     for case in cases():
         for near in {case.size, max(1, case.size // 2)}:
-            name = f"{case.collective.value}-{case.algorithm.name}-{near}-of-{case.size}-{case.scaling.value}"
+            name = (
+                f"{case.collective.value}-{case.algorithm.name}-{near}-of-{case.size}-{case.count}-{case.scaling.value}"
+            )
             (folder / name).write_bytes(encoded(case, near, WAYS[count % len(WAYS)]))
             count += 1
     return count
