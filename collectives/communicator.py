@@ -311,15 +311,6 @@ class Communicator(DeviceCalls, FailureCalls, UnevenCalls, PersistentCalls, Mess
         meeting = self._members(members, number)
         return _connect(meeting, None if kind == JOINT else kind, self.timeout, self.reproducible, True, name)
 
-    def set_timeout(self, seconds: float) -> None:
-        """Set how long operations that start from now on wait for their peers."""
-        if not seconds > 0:
-            raise ArgumentError(f"set_timeout: seconds must be positive, and is {seconds}")
-        self.timeout = float(seconds)
-        self._dispatcher.set_timeout(self.timeout)
-        if self._devices is not None:
-            self._devices.set_timeout(self.timeout)
-
     def close(self) -> None:
         """Give everything back. Pending operations fail. Not collective: end with a barrier if peers still need you."""
         if self._closed or self._generation != _native.fork_generation():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import Aborted
+from ..errors import Aborted, ArgumentError
 from ..transports import Transport
 from ..transports.flight import Snapshot, own_snapshot
 from ..transports.recorder import recorder_of
@@ -26,6 +26,7 @@ class FailureCalls(ABC):
     rank: int
     size: int
     name: str
+    timeout: float
     _transport: Transport
     _dispatcher: Any
     _devices: Any
@@ -54,6 +55,15 @@ class FailureCalls(ABC):
             self._recorder.set_records_steps(True)
             self._tracer = Tracer(self._log, self._recorder)
             self.observe(None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set how long operations that start from now on wait for their peers."""
+        if not seconds > 0:
+            raise ArgumentError(f"set_timeout: seconds must be positive, and is {seconds}")
+        self.timeout = float(seconds)
+        self._dispatcher.set_timeout(self.timeout)
+        if self._devices is not None:
+            self._devices.set_timeout(self.timeout)
 
     def observe(self, observer: Observer | None) -> None:
         """From now on tell `observer` of each collective, in its caller's thread; None ends it.

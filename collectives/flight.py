@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import AbcclError, ArgumentError
 from ..transports import _native
 from ..transports.flight import Snapshot, own_snapshot, together
-from .report import report as in_words
+from .hang_report import report as in_words
 
 FOLDER = "ABCCL_FLIGHT_DIR"
 """Where dumps go: a folder, or "off". By default abccl-UID in the folder for temporary files."""

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from flight_records import RING, message, operation, peer, snapshot, step, waiting
 
 import abccl
-from abccl.collectives.report import duration, report
+from abccl.collectives.hang_report import duration, report
 from abccl.tools import inspect as command
 from abccl.tools.cli import main
 

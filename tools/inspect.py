@@ -53,7 +53,7 @@ def _read(pid: int | None) -> list[Snapshot]:
 
 
 def _show(found: list[Snapshot], as_json: bool) -> None:
-    from ..collectives.report import report
+    from ..collectives.hang_report import report
 
     if as_json:
         click.echo(json.dumps(found, indent=1))
