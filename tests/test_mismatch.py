@@ -20,16 +20,17 @@ from abccl.collectives.binding import _listed
 from abccl.transports import Transport
 from abccl.transports.inproc import inproc
 from abccl.transports.joint import joint_threads
-from abccl.transports.shm import shm_threads
+from abccl.transports.shm import NEVER, ShmTransport, shm_threads
 
 LONG, SHORT = 30.0, 0.3
 """Seconds that a call may take: where it must fail by itself, and where only its deadline can end it."""
 
 
 @pytest.fixture(autouse=True)
-def records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No flight records of failures are kept."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flight records of failures are kept; and no links are measured, which takes longer than all else."""
     monkeypatch.setenv("ABCCL_FLIGHT_DIR", "off")
+    monkeypatch.setattr(ShmTransport, "_calibrate", lambda transport: NEVER)
 
 
 class Call(NamedTuple):
