@@ -279,7 +279,7 @@ class Binder:
             self._describe(collective, source, target, uneven, root, NATIVE),
         )
         prepared = prepare_native(self._transport, call, scaling, factor)
-        return recorded(prepared, self._recorder, call.text, _larger(source, target))
+        return recorded(prepared, self._recorder, call.text, _larger(source, target), self._transport)
 
     def _sizes(
         self, collective: Collective, source: View | None, target: View | None, uneven: Uneven, blocks: int

@@ -22,6 +22,7 @@ from ..transports import Execution, Transport, _native
 from ..transports.joint import JOINT
 from ..transports.shm import ShmPlan, ShmTransport
 from ..transports.topology import Topology, topology_of
+from . import flight
 from .arrays import Array, view
 from .binding import Binder, PremulSum, Uneven
 from .bootstrap import TIMEOUT as MEETING_TIMEOUT
@@ -454,6 +455,7 @@ def _connect(
     name: str | None = None,
 ) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
+    flight.signal_number()  # or an error, before the ranks meet
     if name is None:
         number = next(_inits)
         name = f"default {number}" if number > 1 else "default"

@@ -181,7 +181,7 @@ class _StandardError(logging.Handler):
         try:
             sys.stderr.write(line.decode(errors="replace") + "\n")
             sys.stderr.flush()
-        except (OSError, ValueError):  # it is closed, and logging must not end a program
+        except (OSError, ValueError, AttributeError):  # closed, or None; and logging must not end a program
             self.handleError(record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,10 @@ class FailureCalls(ABC):
         try:
             result = run()
         finally:
-            ended(result)
+            try:
+                ended(result)
+            except Exception as error:  # what the call made is what counts
+                warnings.warn(f"abccl: an observer raised {error!r}", RuntimeWarning, stacklevel=2)
         return result
 
     def flight_record(self) -> Snapshot:

@@ -209,19 +209,28 @@ def _report_here() -> None:
 def _loudly(work: Callable[..., None], *arguments: Any) -> None:
     try:
         work(*arguments)
-    except (AbcclError, OSError) as error:
-        _say(str(error))
+    except Exception as error:  # the thread serves other communicators, too
+        _say(str(error) if isinstance(error, (AbcclError, OSError)) else f"a flight record failed: {error!r}")
 
 
 def _say(text: str) -> None:
     """Lines on standard error by one write, so that those of several ranks do not mix."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None where there was none
         sys.stderr.write("".join(f"abccl: {line}\n" for line in text.splitlines()))
         sys.stderr.flush()
 
 
 _watch: _Watch | None = None
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked child: a thread that had it is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def install() -> None:

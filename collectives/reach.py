@@ -58,22 +58,24 @@ def reach(bootstrap: Bootstrap, wanted: str | None) -> tuple[Transport, Topology
     members = (rank,) if by_network else topology.host_of(rank).ranks
     largest_host = 1 if by_network else max(map(len, topology.groups))
     network = bootstrap.network(wanted)
-    carrier = _carrier(network)
     exchange = _among(members, bootstrap.exchange)
     names = joint_order(members, size)
     slot = joint_slot_bytes(largest_host, network)
+    carrier: Any = None
+    joint: JointTransport | None = None  # which has closed the others when it closes
     try:
+        carrier = _carrier(network)
         local = ShmTransport(members.index(rank), len(members), exchange, names, named=topology.named, slot=slot)
+        joint = JointTransport(local, members, network, network.name if by_network else JOINT)
+        joint.bulletin = _bulletin(carrier, local, rank, topology)
+        # Of all hosts: who reads the records of several knows what belongs together.
+        joint.token = int.from_bytes(bootstrap.exchange(joint.token.to_bytes(8, "little"))[0], "little")
     except BaseException as error:
         network.abort(error if isinstance(error, AbcclError) else Aborted(f"rank {rank} of {size} gave up: {error!r}"))
-        network.close()
+        (joint or network).close()
         if isinstance(carrier, Transport):
             carrier.close()
         raise
-    joint = JointTransport(local, members, network, network.name if by_network else JOINT)
-    joint.bulletin = _bulletin(carrier, local, rank, topology)
-    # Of all hosts: who reads the records of several knows what belongs together.
-    joint.token = int.from_bytes(bootstrap.exchange(joint.token.to_bytes(8, "little"))[0], "little")
     return joint, topology
 
 

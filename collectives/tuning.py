@@ -203,7 +203,8 @@ def measuring(transport: Transport, place: Place, link: str) -> Iterator[tuple[S
     if local is not None:
         local.set_protocol(None)
     try:
-        yield Stopwatch(transport, Binder(transport, Tuner(everything, built_in(link))).bind), everything
+        binder = Binder(transport, Tuner(everything, built_in(link)), transport.recorder)
+        yield Stopwatch(transport, binder.bind), everything
     finally:
         if local is not None:
             local.set_protocol(forced)

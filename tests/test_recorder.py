@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abccl import Communicator, DeadlineExceeded
+from abccl import Aborted, Communicator, DeadlineExceeded, Mismatch
 from abccl.transports import Transport, _native
 from abccl.transports.inproc import inproc
 from abccl.transports.joint import joint_threads
@@ -142,3 +143,88 @@ def test_a_blob_is_read_as_long_as_its_round_is_kept_and_the_first_answer_wins()
     assert first.decide(7, 0) == 0 and first.decide(5, 0) == 7  # only asks
     with pytest.raises(ValueError, match="questions"):
         first.decide(_native.DECISIONS, 1)
+
+
+def test_a_message_within_a_host_of_several_is_recorded_once() -> None:
+    group = [Communicator(transport) for transport in joint_threads([[0, 1], [2]])]
+
+    def calls(c: Communicator) -> None:
+        if c.rank == 0:
+            c.send(np.ones(5), 1, 7)
+        elif c.rank == 1:
+            c.recv(np.zeros(5), 0, 7)
+
+    together(group, calls)
+    assert [[one["tag"] for one in c.flight_record()["messages"]] for c in group] == [[7], [7], []]
+    for c in group:
+        c.close()
+
+
+def test_steps_name_peers_as_users_do() -> None:
+    group = [Communicator(transport) for transport in joint_threads([[0, 2], [1, 3]])]
+    together(group, lambda c: c.all_reduce(np.ones(1 << 14, np.float32), algorithm="ring"))
+    for c in group:
+        steps = c.flight_record()["steps"]
+        assert steps and {one["peer"] for one in steps} <= {(c.rank - 1) % 4, (c.rank + 1) % 4}
+        c.close()
+
+
+def test_an_operation_lasts_as_long_as_its_steps() -> None:
+    (alone,) = shm_threads(1)
+    with Communicator(alone) as c:
+        x, out = np.ones(1 << 22), np.empty(1 << 22)
+        c.all_reduce(x, out=out)
+        before = time.perf_counter()
+        c.all_reduce(x, out=out)
+        took = time.perf_counter() - before
+        last = c.flight_record()["operations"][-1]
+    assert last["end"] is not None and 0.5 * took < last["end"] - last["start"] <= took
+
+
+def test_what_a_posting_call_raises_is_recorded() -> None:
+    group = [Communicator(transport, timeout=20) for transport in shm_threads(2)]
+    work = group[0].send(np.ones(4), 1, 3, async_op=True)
+    with pytest.raises(Mismatch):
+        group[1].recv(np.ones(5), 0, 3)
+    record = group[1].flight_record()
+    assert record["error"] is not None and record["error"].startswith("Mismatch: recv: rank 1 wants 40 bytes")
+    assert record["messages"][-1]["state"] == "failed"
+    del work
+    for c in group:
+        c.close()
+
+
+def test_an_observers_error_is_not_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: said.append(about.exc_value))
+
+    def observer(text: str) -> Callable[[Any], None]:
+        def ended(how: Any) -> None:
+            raise KeyError(text)
+
+        return ended
+
+    first, second = (Communicator(transport, timeout=20) for transport in shm_threads(2))
+    first.observe(observer)
+    second.abort("enough")
+    with pytest.raises(Aborted, match="enough"):
+        first.barrier()
+    assert [type(error) for error in said] == [KeyError]
+    for c in (first, second):
+        c.close()
+
+
+def test_a_deadline_of_what_nobody_recorded_has_words(group: list[Communicator]) -> None:
+    assert group[0]._recorder.title() == 'a call in group "pair"'
+
+
+def test_the_last_owner_may_be_the_progress_thread() -> None:
+    for _ in range(20):
+        first, second = (Communicator(transport, timeout=20) for transport in shm_threads(2))
+        work = first.recv(np.zeros(1), 1, async_op=True)
+        first.close()
+        del first
+        # Who has the interpreter submits, while the thread gives back what only it still had.
+        pending = [second.send(np.ones(1), 0, async_op=True) for _ in range(3)]
+        del work, pending
+        second.close()

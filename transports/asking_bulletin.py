@@ -38,6 +38,7 @@ class AskingBulletin(Bulletin):
         self._asked = {peer: self._expect(peer, _ASK, 1) for peer in range(own.size) if peer != own.rank}
         self._answers: dict[int, tuple[Request, bytearray]] = {}  # that are to come
         self._since: dict[int, float] = {}  # when they were asked for
+        self._given_up: set[int] = set()  # whose answer, when it comes, is to an old question
         self._sending: list[tuple[Request, bytes]] = []
         super().__init__(own)
 
@@ -61,10 +62,14 @@ class AskingBulletin(Bulletin):
             request, data = self._answers[peer]
             if request.done:
                 del self._answers[peer]
+                if peer in self._given_up:
+                    self._given_up.remove(peer)
+                    continue  # it is asked again with the next look
                 said = json.loads(bytes(data[: request.length]))
                 found[peer] = said and status_from(said)
             elif now > self._since[peer] + PATIENCE:
                 found[peer] = None
+                self._given_up.add(peer)
         return found
 
     def _end(self) -> None:

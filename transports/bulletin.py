@@ -337,16 +337,24 @@ class _Clerk:
             thread.join(PERIOD)
 
     def _serve(self) -> None:
-        while True:
-            with self._lock:
+        try:
+            while self._go_on():
                 bulletins = list(self._bulletins)
-                if not bulletins or self._ending:
-                    self._thread = None
-                    return
-            pause = min(bulletin.turn() for bulletin in bulletins)
-            del bulletins
-            self._news.wait(pause)
-            self._news.clear()
+                pause = min((bulletin.turn() for bulletin in bulletins), default=0.0)
+                del bulletins
+                self._news.wait(pause)
+                self._news.clear()
+        except BaseException:
+            with self._lock:
+                self._thread = None  # whoever comes next starts another
+            raise
+
+    def _go_on(self) -> bool:
+        """Whether there is anything to serve; else the thread is none from here on."""
+        with self._lock:
+            if self._ending or not self._bulletins:
+                self._thread = None
+            return self._thread is not None
 
 
 _clerk = _Clerk()

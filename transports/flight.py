@@ -299,8 +299,8 @@ def _read(pid: int, descriptors: Iterable[int]) -> Iterator[Snapshot]:
     for descriptor in descriptors:
         try:
             snapshot = _native.read_flight(pid, descriptor)
-        except TransportError:
-            continue  # other memory of that name, or it was closed meanwhile
+        except (TransportError, UnicodeDecodeError):
+            continue  # other memory of that name, or it was closed or written to meanwhile
         # A forked child has its parent's descriptors.
         if snapshot["pid"] in numbers:
             yield _of_this_host(snapshot)

@@ -76,6 +76,7 @@ class JointTransport(Transport):
         self.engine = _native.DrivenExecution(local.native, HEAD_BYTES)
         self._rings = network.set_bell(local.native.ring)
         network.explain = self._explain
+        local.native.set_records_messages(False)  # who drives all transports alike records the user's
 
     @property
     def collectives(self) -> frozenset[Collective]:  # type: ignore[override]

@@ -21,20 +21,27 @@ def recorder_of(transport: Transport) -> Any:
     return transport.recorder
 
 
-def recorded(prepared: Prepared, recorder: Any, text: str, nbytes: int) -> Prepared:
-    """The same, whose runs the recorder knows of: the native engine tells it itself."""
+def recorded(prepared: Prepared, recorder: Any, text: str, nbytes: int, counts: Transport | None = None) -> Prepared:
+    """The same, whose runs the recorder knows of: the native engine tells it itself.
+
+    Args:
+        counts: the transport that numbers its runs, of a plan that is not numbered by itself.
+    """
     if isinstance(prepared, (ShmPlan, JointPlan)) or recorder is None:
         return prepared
-    return _RecordedPlan(prepared, recorder, text, nbytes)
+    return _RecordedPlan(prepared, recorder, text, nbytes, counts)
 
 
 class _RecordedPlan:
-    def __init__(self, prepared: Prepared, recorder: Any, text: str, nbytes: int) -> None:
+    def __init__(self, prepared: Prepared, recorder: Any, text: str, nbytes: int, counts: Transport | None) -> None:
+        self._counts = counts
         self._prepared, self._recorder, self.text, self._nbytes = prepared, recorder, text, nbytes
         self._signature = zlib.crc32(text.encode())
 
     def start(self, input: int, output: int) -> Execution:
         self._recorder.begin_call(self._signature, self.text, self._nbytes)
+        if self._counts is not None:
+            self._counts.begin_run(self.text)
         try:
             return _RecordedRun(self._prepared.start(input, output), self._recorder)
         except BaseException:

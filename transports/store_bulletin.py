@@ -42,10 +42,12 @@ class StoreBulletin(Bulletin):
             return self._next - now
         self._next = now + self._period
         position = self._position()
-        told = position and {**position, "ended": None}  # which grows by itself
+        if position is None:  # closed meanwhile
+            return self._period
+        told = {**position, "ended": None}  # which grows by itself
         if told != self._told:
             self._check()
-            self._store.set(str(self.own.rank), json.dumps({**(position or {}), "told": time.time()}))
+            self._store.set(str(self.own.rank), json.dumps({**position, "told": time.time()}))
             self._told = told
         return self._period
 

@@ -135,7 +135,7 @@ class Mutator {
                 }
                 case 4: {
                     int64_t& field = p.*longs[below(longs.size())];
-                    field = below(3) ? near(field) : field <= INT32_MAX ? 2 * field : 1;
+                    field = below(3) ? near(field) : field > 0 && field <= INT32_MAX ? 2 * field : 1;
                     break;
                 }
                 case 5:

@@ -30,7 +30,7 @@ LANES = 2
 MOST_RANKS = 4
 COUNTS = (0, 3, 40, 701)
 LONG = 1900  # several segments, of all messages
-WAYS = (0, 1, 2 | 64, 3 | 8, 3 | 16, 4, 0 | 16 | 64, 32, 3 | 64, 3 | 8 | 64, 4 | 64)
+WAYS = (0, 1, 2, 0 | 16, 3 | 8, 1 | 32, 0 | 64, 4, 3 | 16, 1 | 64, 3 | 64, 2 | 16, 4 | 8 | 64)
 TAPES = (bytes(64), random.Random(3).randbytes(200))
 
 

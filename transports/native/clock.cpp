@@ -1,6 +1,12 @@
 #include "clock.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <fstream>
 #include <limits>
+#include <string>
 
 namespace abccl {
 namespace {
@@ -11,6 +17,17 @@ constexpr int64_t long_enough = 100'000'000;  // nanoseconds, for a rate
 const ClockPair beginning = ClockPair::now();
 
 }  // namespace
+
+#if defined(__x86_64__)
+bool has_steady_counter() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0x80000007, &a, &b, &c, &d) || !(d & 1u << 8)) return false;
+    // The kernel watches it, and takes another clock if it finds it unsteady.
+    std::string source;
+    std::ifstream("/sys/devices/system/clocksource/clocksource0/current_clocksource") >> source;
+    return source.empty() || source == "tsc" || source == "kvm-clock" || source.rfind("hyperv", 0) == 0;
+}
+#endif
 
 ClockPair ClockPair::now() {
     ClockPair best{};

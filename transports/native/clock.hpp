@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <x86intrin.h>
 #endif
 #include <time.h>
@@ -19,10 +18,7 @@ inline int64_t monotonic_ns() {
 
 #if defined(__x86_64__)
 // Whether the processor's counter runs at one rate, on all cores, whatever they do.
-inline bool has_steady_counter() {
-    unsigned a, b, c, d;
-    return __get_cpuid(0x80000007, &a, &b, &c, &d) && (d & 1u << 8);
-}
+bool has_steady_counter();
 inline const bool steady_counter = has_steady_counter();
 #endif
 

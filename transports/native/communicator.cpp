@@ -72,6 +72,7 @@ double Communicator::time(const std::shared_ptr<const Plan>& plan, const void* i
 
 void Communicator::drive(const Plan& plan, const void* input, void* output, Timeout timeout,
                          const BeforeWaiting& before_waiting) {
+    const uint64_t before = endpoint.sequence();
     try {
         execution_.start(plan, input, output);
         const size_t bytes = plan.longest_message * static_cast<size_t>(plan.parameters.segments);
@@ -86,13 +87,15 @@ void Communicator::drive(const Plan& plan, const void* input, void* output, Time
             Endpoint::on_tick();
             execution_.publish_wait();
             endpoint.check_collective();
-            if (Clock::now() > deadline || faults::is_late())
+            if (Clock::now() > deadline || faults::is_late()) {
+                execution_.publish_wait(true);
                 endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
+            }
         };
         endpoint.wait([this] { return execution_.progress(); }, tick, endpoint.patience());
     } catch (...) {
         settle(plan.parameters.text);
-        endpoint.finish(false);
+        if (endpoint.sequence() != before) endpoint.finish(false);
         tell_failure();
         throw;
     }
@@ -107,7 +110,24 @@ void Communicator::note_failure(const Failure& failure) {
 
 void Communicator::tell_failure() {
     Told failed = Told::failed;
-    if (told_.compare_exchange_strong(failed, Told::told) && on_failure) on_failure();
+    if (attended_.load(std::memory_order_acquire) && told_.compare_exchange_strong(failed, Told::told)) on_failure_();
+}
+
+void Communicator::attend(std::function<void()> on_failure) {
+    on_failure_ = std::move(on_failure);
+    attended_.store(true, std::memory_order_release);
+    tell_failure();
+}
+
+template <class Action>
+auto Communicator::told(Action action) -> decltype(action()) {
+    try {
+        return action();
+    } catch (const Failure& failure) {
+        note_failure(failure);
+        tell_failure();
+        throw;
+    }
 }
 
 std::exception_ptr Communicator::settle(const std::string& doing) {
@@ -144,22 +164,28 @@ std::shared_ptr<Work> Communicator::start(std::shared_ptr<const Plan> plan, cons
 std::shared_ptr<Work> Communicator::post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes,
                                               Timeout timeout) {
     check_usable();
-    auto work = mailbox.post_send(peer, tag, data, bytes, Clock::now() + timeout);
-    mailbox.progress();
-    return work;
+    return told([&] {
+        auto work = mailbox.post_send(peer, tag, data, bytes, Clock::now() + timeout);
+        mailbox.progress();
+        return work;
+    });
 }
 
 std::shared_ptr<Work> Communicator::post_receive(int32_t source, int64_t tag, void* data, size_t bytes,
                                                  Timeout timeout) {
     check_usable();
-    auto work = mailbox.post_receive(source, tag, data, bytes, Clock::now() + timeout);
-    mailbox.progress();
-    return work;
+    return told([&] {
+        auto work = mailbox.post_receive(source, tag, data, bytes, Clock::now() + timeout);
+        mailbox.progress();
+        return work;
+    });
 }
 
 void Communicator::progress_messages() {
     check_usable();
-    if (mailbox.progress() == Outcome::blocked) mailbox.check();
+    told([&] {
+        if (mailbox.progress() == Outcome::blocked) mailbox.check();
+    });
 }
 
 void Communicator::wait_message(Work& work) {
@@ -246,8 +272,10 @@ void Communicator::look() {
         if (started_) {
             execution_.publish_wait();
             endpoint.check_collective();
-            if (Clock::now() > deadline_ || faults::is_late())
+            if (Clock::now() > deadline_ || faults::is_late()) {
+                execution_.publish_wait(true);
                 endpoint.fail(static_cast<uint32_t>(Kind::deadline), execution_.blame());
+            }
         }
     } catch (...) {
         fail_all(settle("its progress thread"));
@@ -268,7 +296,11 @@ void Communicator::fail_all(std::exception_ptr error) {
 
 void Communicator::abort(uint32_t kind, const std::string& reason) {
     endpoint.abort(kind, reason);
-    note_failure(Failure(static_cast<Kind>(kind), reason));
+    try {
+        endpoint.check_abort();  // the first abort's words; of a closed one none
+    } catch (const Failure& failure) {
+        note_failure(failure);
+    }
     tell_failure();
 }
 
@@ -308,8 +340,12 @@ void progress_forever(Queue& q) {
                 if (done->closed() || done->idle())
                     q.active.erase(std::remove(q.active.begin(), q.active.end(), done), q.active.end());
             }
-            finished.clear();
-            active.clear();
+        }
+        // Not under the lock: the last owner's destructor takes the GIL, and who has that may want the lock.
+        finished.clear();
+        active.clear();
+        {
+            std::unique_lock<std::mutex> lock(q.mutex);
             q.submitted.wait(lock, [&] { return !q.active.empty(); });
             active = q.active;
             seen = q.submissions.load(std::memory_order_relaxed);

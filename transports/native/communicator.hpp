@@ -56,8 +56,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void abort(uint32_t kind, const std::string& reason);
     void close();
     bool closed() const { return closed_.load(std::memory_order_acquire); }
-    // Called once, from any thread and without locks held, when this rank has learnt that the group is broken.
-    std::function<void()> on_failure;
+    // Calls `on_failure` once, from any thread and without locks held, when this rank has learnt that the group is
+    // broken; at once if it has. To be called once, by who does not hold the GIL.
+    void attend(std::function<void()> on_failure);
     // For who runs plans on the endpoint by himself: this has ended the present one, or all.
     void note_failure(const Failure& failure);
     void tell_failure();
@@ -92,6 +93,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     bool started_ = false;
     Deadline deadline_{};  // of the running plan of the queue
     std::atomic<bool> closed_{false};
+    // What the action returns; what it throws is noted and told.
+    template <class Action>
+    auto told(Action action) -> decltype(action());
+    std::function<void()> on_failure_;
+    std::atomic<bool> attended_{false};
     enum class Told : uint32_t { fine, failed, told };
     std::atomic<Told> told_{Told::fine};
     Execution execution_;

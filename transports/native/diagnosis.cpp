@@ -59,9 +59,12 @@ std::string Endpoint::shown(uint64_t number) const {
 }
 
 std::string Endpoint::title() const {
-    const size_t arguments = text_->find('(');
-    std::string title = kind_of(*text_) + " #" + shown(sequence_);
-    if (arguments != std::string::npos) title += " " + text_->substr(arguments);
+    // The recorder's copy: the plan may be gone.
+    const auto present = read_operation(control_->flight, sequence_);
+    if (!present) return "a call" + in_group();
+    const size_t arguments = present->text.find('(');
+    std::string title = kind_of(present->text) + " #" + shown(sequence_);
+    if (arguments != std::string::npos) title += " " + present->text.substr(arguments);
     return title + in_group();
 }
 

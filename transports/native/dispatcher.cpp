@@ -34,6 +34,15 @@ int64_t overlap(const Array& x, const Array& out) {
     return -1;
 }
 
+// The caller gets the result of his call, whatever the observer makes of it.
+void tell(const py::object& observer, const py::object& how) {
+    try {
+        observer(how);
+    } catch (py::error_already_set& error) {
+        error.discard_as_unraisable("abccl: an observer");
+    }
+}
+
 }  // namespace
 
 uint64_t fork_generation() {
@@ -129,10 +138,10 @@ PyObject* Dispatcher::run_observed(const Bound& bound, PyObject* const* argument
     try {
         result = py::reinterpret_steal<py::object>(run(kept, arguments, x, out, asynchronous));
     } catch (...) {
-        ended(false);
+        tell(ended, py::bool_(false));  // what the call failed with is what counts
         throw;
     }
-    ended(result);
+    tell(ended, result);
     return result.release().ptr();
 }
 

@@ -52,15 +52,21 @@ class DrivenExecution {
     // Raises what ends the run: an abort, a lost peer of this host, different calls.
     void check() {
         WithoutGil released;
+        check_started();
         execution_.publish_wait();
         recorded([this] {
             communicator_->endpoint.check_collective();
             return Outcome::blocked;
         });
     }
-    std::string blame() const { return execution_.blame(); }
+    std::string blame() {
+        check_started();
+        execution_.publish_wait(true);
+        return execution_.blame();
+    }
     // The remote peer that the run waits for, by its number in the plan.
     std::optional<uint32_t> waits_for() const {
+        check_started();
         const auto peer = execution_.waits_for().peer;
         return peer && *peer >= communicator_->endpoint.geometry().size ? peer : std::nullopt;
     }
@@ -76,6 +82,9 @@ class DrivenExecution {
             communicator_->tell_failure();
             throw;
         }
+    }
+    void check_started() const {
+        if (!plan_) throw Failure(Kind::argument, "nothing has been started");
     }
     void check_usable() const {
         if (communicator_->closed()) throw Failure(Kind::closed, "the communicator is closed: make another");

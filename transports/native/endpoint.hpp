@@ -294,7 +294,7 @@ class Endpoint {
     uint64_t sequence_ = 0;
     uint64_t before_users_ = 0;
     uint32_t signature_ = 0;
-    const std::string* text_ = nullptr;  // of the present plan
+    const std::string* text_ = &called_;  // of the present plan, while it runs
     Patience patience_{2000, 2000};
     size_t streaming_from_ = 4096;
     bool adapts_ = false;

@@ -13,6 +13,12 @@ namespace {
 // Shorter messages are not worth a wait for their readers.
 constexpr size_t lend_from = 8192;
 
+// Who waits for less is not worth telling of.
+constexpr auto long_wait = std::chrono::milliseconds(15);
+
+// A run on so few bytes is over before a stamp of its beginning matters.
+constexpr uint64_t short_bytes = 4096;
+
 // Outputs of all ranks that together are longer stay in no cache that cores share: of 32 MiB here, and few have more.
 constexpr size_t uncached_from = 32 << 20;
 
@@ -33,10 +39,13 @@ void Execution::start(const Plan& plan, const void* input, void* output) {
     input_ = static_cast<const uint8_t*>(input);
     output_ = static_cast<uint8_t*>(output);
     Recorder& recorder = endpoint_.recorder();
-    plan.text_number = recorder.text(plan.text_number, plan.parameters.text, plan.bytes());
+    plan.text_number = recorder.text(plan.text_number, plan.parameters.text, plan.bytes);
     records_steps_ = recorder.wants_steps(plan.longest_message);
     blocked_ = false;
+    waits_since_.reset();
     const uint64_t number = endpoint_.enter(plan.parameters.signature, plan.parameters.text, plan.text_number);
+    // Of a short run the stamp may wait until its messages have left; a long one would have done half its work.
+    if (records_steps_ || plan.bytes > short_bytes) recorder.started(number);
     base_signature_ = plan.parameters.signature ^ static_cast<uint32_t>(number * 0x9E3779B97F4A7C15ull >> 32);
     streaming_from_ = endpoint_.streaming_from();
     const bool registered = endpoint_.in_heap(input) || endpoint_.in_heap(output);
@@ -189,7 +198,10 @@ bool Execution::run(uint32_t lane_index) {
             case Instruction::release:
                 release(lane_index, lane);
                 if (records_steps_)
-                    endpoint_.recorder().step(endpoint_.sequence(), lane_index, lane.segment, row.tag, row.reg);
+                    endpoint_.recorder().step(
+                        endpoint_.sequence(), lane_index, lane.segment, row.tag,
+                        row.reg < 0 ? nobody
+                                    : static_cast<int32_t>(endpoint_.user_rank(static_cast<uint32_t>(row.reg))));
                 pass(faults::Point::step);
                 break;
             case Instruction::reclaim:
@@ -427,12 +439,15 @@ uint8_t* Execution::address(const Operand& operand, const Lane& lane) const {
 
 Execution::Wait Execution::waits_for() const {
     const Plan& plan = *plan_;
+    uint64_t moved = 0;  // grows with each row of each lane
+    for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l)
+        moved += static_cast<uint64_t>(lanes_[l].segment) * (plan.rows.size() + 1) + lanes_[l].row;
     for (uint32_t l = 0; l < static_cast<uint32_t>(plan.parameters.lanes); ++l) {
         const Lane& lane = lanes_[l];
         if (lane.segment >= plan.parameters.segments) continue;
         if (const RemoteMessage* message = remote_message(l, lane)) {
             const int step = plan.step_of(message->row) + 1;
-            return {step, message->peer,
+            return {moved, step, message->peer,
                     "waits at step " + std::to_string(step) + (message->sends ? " for its block " : " for block ") +
                         plan.blocks_of(message->row) + (message->sends ? " to reach " : " from ") +
                         endpoint_.name(message->peer)};
@@ -440,7 +455,7 @@ Execution::Wait Execution::waits_for() const {
         if (lane.row == plan.rows.size() || plan.rows[lane.row].instruction == Instruction::reclaim) {
             const auto found = unread(l, lane);
             if (!found) continue;  // it has just been read
-            return {0, found->peer,
+            return {moved, 0, found->peer,
                     "waits for " + endpoint_.name(found->peer) + " to read block " + plan.blocks_of(found->row) +
                         " of step " + std::to_string(plan.step_of(found->row) + 1)};
         }
@@ -448,11 +463,11 @@ Execution::Wait Execution::waits_for() const {
         const bool sending = row.instruction == Instruction::send;
         const uint32_t peer = plan.peers[row.peers];
         const int step = plan.step_of(lane.row) + 1;
-        return {step, peer,
+        return {moved, step, peer,
                 "waits at step " + std::to_string(step) + (sending ? " for room to send block " : " for block ") +
                     plan.blocks_of(lane.row) + (sending ? " to " : " from ") + endpoint_.name(peer)};
     }
-    return {0, std::nullopt, "waits for nothing"};
+    return {moved, 0, std::nullopt, "waits for nothing"};
 }
 
 std::string Execution::blame() const {
@@ -463,10 +478,13 @@ std::string Execution::blame() const {
     return text + ", " + endpoint_.status(*wait.peer) + endpoint_.stragglers(*wait.peer);
 }
 
-void Execution::publish_wait() {
+void Execution::publish_wait(bool at_once) {
+    const auto now = Clock::now();
+    if (!waits_since_) waits_since_ = now;
+    if (!at_once && now < *waits_since_ + long_wait) return;
     const Wait wait = waits_for();
     const int32_t peer = wait.peer ? static_cast<int32_t>(endpoint_.user_rank(*wait.peer)) : nobody;
-    endpoint_.recorder().waits(endpoint_.sequence(), wait.step, peer, wait.text);
+    endpoint_.recorder().waits(endpoint_.sequence(), wait.moved, wait.step, peer, wait.text);
 }
 
 }  // namespace abccl

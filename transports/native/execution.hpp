@@ -26,6 +26,7 @@ class Execution {
     Outcome progress();
     // What the first blocked lane waits for.
     struct Wait {
+        uint64_t moved;                // grows as the run gets on
         int32_t step;                  // from 1; 0 at the end of the plan
         std::optional<uint32_t> peer;  // numbered as the plan's peers
         std::string text;              // "waits at step 3 for block 1 from rank 1"
@@ -33,8 +34,8 @@ class Execution {
     Wait waits_for() const;
     // That in words: of what collective, and how far the peer is.
     std::string blame() const;
-    // Lets others read it.
-    void publish_wait();
+    // Lets others read it, if the run has waited long since this was called first; or `at_once`.
+    void publish_wait(bool at_once = false);
 
   private:
     struct Register {
@@ -109,6 +110,7 @@ class Execution {
     bool read_lent_ = false;  // this run has read what a peer lent
     bool records_steps_ = false;
     bool blocked_ = false;  // at the last look
+    std::optional<Clock::time_point> waits_since_;
     Way way_{};
     size_t streaming_from_ = 0, lend_from_ = 0;
     Clock::time_point started_;

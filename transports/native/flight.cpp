@@ -59,7 +59,7 @@ Recorder::Recorder(Flight& flight) : flight_(flight) {
 
 uint32_t Recorder::text(const std::string& text, uint64_t bytes) {
     if (known_.size() > recorded_operations) known_.clear();
-    uint32_t& known = known_[text];
+    uint32_t& known = known_[text + '\0' + std::to_string(bytes)];
     return known = this->text(known, text, bytes);
 }
 
@@ -86,11 +86,10 @@ void Recorder::step(uint64_t number, uint32_t lane, int64_t segment, uint32_t st
     flight_.steps_ended.store(index + 1, std::memory_order_release);
 }
 
-void Recorder::waits(uint64_t number, int32_t step, int32_t peer, const std::string& text) {
+void Recorder::waits(uint64_t number, uint64_t moved, int32_t step, int32_t peer, const std::string& text) {
     WaitEntry& wait = flight_.wait;
-    if (wait.number.load(std::memory_order_relaxed) == number && wait.step.load(std::memory_order_relaxed) == step &&
-        wait.peer.load(std::memory_order_relaxed) == peer)
-        return;  // as before
+    if (wait.number.load(std::memory_order_relaxed) == number && moved_ == moved) return;  // as before
+    moved_ = moved;
     wait.number.store(0, std::memory_order_relaxed);
     wait.since.store(now(), std::memory_order_release);
     wait.step.store(step, std::memory_order_release);
@@ -122,7 +121,7 @@ void Recorder::end_message(uint64_t number, int32_t peer, bool well) {
 }
 
 void Recorder::fail(const std::string& why) {
-    if (flight_.failed.load(std::memory_order_relaxed) != 0) return;
+    if (failing_.exchange(true)) return;  // any thread may be the first
     flight_.failure.store(why);
     flight_.failed.store(now(), std::memory_order_release);
 }

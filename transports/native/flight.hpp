@@ -76,10 +76,10 @@ struct WaitEntry {
 
 struct Flight {
     std::atomic<uint64_t> magic;
-    uint64_t token;                 // of the communicator, on this host
-    int32_t rank, size;             // as users call them
-    SharedText<8> group;            // the communicator's name
-    std::atomic<int64_t> began_ns;  // both clocks when the recorder began
+    std::atomic<uint64_t> token;      // of the communicator, on this host
+    std::atomic<int32_t> rank, size;  // as users call them
+    SharedText<8> group;              // the communicator's name
+    std::atomic<int64_t> began_ns;    // both clocks when the recorder began
     std::atomic<uint64_t> began_counted;
     std::atomic<uint64_t> before_users;  // how many collectives are the library's own, made before the user's
     std::atomic<uint64_t> messages_begun, steps_ended, failed;
@@ -148,7 +148,8 @@ class Recorder {
     // To measure what the stamps cost.
     void set_stamps(bool stamps) { stamps_ = stamps; }
     void step(uint64_t number, uint32_t lane, int64_t segment, uint32_t step, int32_t peer);
-    void waits(uint64_t number, int32_t step, int32_t peer, const std::string& text);
+    // `moved` is another number when the run has got on meanwhile.
+    void waits(uint64_t number, uint64_t moved, int32_t step, int32_t peer, const std::string& text);
     void note(const std::string& text) { flight_.wait.note.store(text); }
 
     uint64_t begin_message(bool sends, int32_t peer, int64_t tag, uint64_t bytes);
@@ -165,6 +166,8 @@ class Recorder {
     Flight& flight_;
     uint32_t newest_text_ = 0;
     bool all_steps_ = false, stamps_ = true, started_ = false;
+    uint64_t moved_ = 0;
+    std::atomic<bool> failing_{false};
     std::unordered_map<std::string, uint32_t> known_;
 };
 

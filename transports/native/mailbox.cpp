@@ -43,7 +43,7 @@ void Mailbox::fail(Work& work, uint64_t recorded, const std::exception_ptr& erro
 }
 
 uint64_t Mailbox::record(bool sends, int32_t peer, int64_t tag, size_t bytes) {
-    if (tag < 0 && tag != any_tag) return 0;
+    if (!records || (tag < 0 && tag != any_tag)) return 0;
     const int32_t whom =
         peer == any_source ? nobody : static_cast<int32_t>(endpoint_.user_rank(static_cast<uint32_t>(peer)));
     return endpoint_.recorder().begin_message(sends, whom, tag, bytes);

@@ -20,6 +20,9 @@ class Mailbox {
   public:
     explicit Mailbox(Endpoint& endpoint);
 
+    // Whether its messages are recorded here; not where somebody else records what the user sends.
+    bool records = true;
+
     // The bytes must stay as they are until the work is finished.
     std::shared_ptr<Work> post_send(uint32_t peer, int64_t tag, const void* data, size_t bytes, Deadline deadline);
     // Receives exactly `bytes` bytes; a matching message of another length is a Mismatch. Any tag is any that is not

@@ -270,6 +270,7 @@ Plan::Plan(PlanParameters given, uint32_t lanes_available, size_t slot_bytes)
                std::to_string(p.remotes));
     if (p.input_count < 0 || p.input_count > most || p.output_count < 0 || p.output_count > most)
         refuse("buffers that no memory holds");
+    bytes = static_cast<uint64_t>(std::max(p.input_count, p.output_count)) * itemsize;
     if (p.op < Op::sum || p.op > Op::bxor) refuse("an unknown operator");
     // A slot is there to be written, by an instruction of nine integers.
     if (p.scratch < 0 || static_cast<size_t>(p.scratch) > p.code.size() / 9) refuse("more scratch than the code fills");

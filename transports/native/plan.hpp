@@ -70,16 +70,13 @@ class Plan {
         return static_cast<size_t>(parameters.lanes) * static_cast<size_t>(parameters.scratch) *
                static_cast<size_t>(parameters.segment) * itemsize;
     }
-    // What the user's buffers have, the larger.
-    uint64_t bytes() const {
-        return static_cast<uint64_t>(std::max(parameters.input_count, parameters.output_count)) * itemsize;
-    }
     // Number of the schedule's step that a row belongs to, from 0.
     int step_of(size_t row) const;
     std::string blocks_of(size_t row) const;
 
     PlanParameters parameters;
     size_t itemsize;
+    uint64_t bytes = 0;  // of the larger of the user's buffers
     std::vector<Row> rows;
     std::vector<Operand> operands;
     std::vector<uint32_t> peers;

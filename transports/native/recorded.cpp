@@ -35,6 +35,12 @@ void tell_times(py::dict& entry, uint64_t start, uint64_t end, const ClockReadin
     entry["state"] = end == 0 ? "running" : end & has_failed ? "failed" : "finished";
 }
 
+// What ran when the communicator broke has failed, whoever found out.
+uint64_t end_of(const Flight& flight, uint64_t start, uint64_t end) {
+    const uint64_t failed = flight.failed.load(std::memory_order_acquire);
+    return end == 0 && failed != 0 ? std::max(failed, start) | has_failed : end;
+}
+
 py::list operations_of(const Flight& flight, uint64_t entered, uint64_t before, const ClockReading& now) {
     py::list operations;
     const uint64_t kept = std::min<uint64_t>(entered - std::min(entered, before), recorded_operations);
@@ -45,10 +51,7 @@ py::list operations_of(const Flight& flight, uint64_t entered, uint64_t before, 
         operation["number"] = number - before;
         operation["call"] = found->text;
         operation["bytes"] = found->bytes;
-        // What ran when the communicator broke has failed, whoever found out.
-        const uint64_t failed = flight.failed.load(std::memory_order_acquire);
-        const uint64_t end = found->end == 0 && failed != 0 ? std::max(failed, found->start) | has_failed : found->end;
-        tell_times(operation, found->start, end, now);
+        tell_times(operation, found->start, end_of(flight, found->start, found->end), now);
         operations.append(operation);
     }
     return operations;
@@ -66,8 +69,8 @@ py::list messages_of(const Flight& flight, const ClockReading& now) {
         message["peer"] = rank_or_none(entry.peer.load(std::memory_order_acquire));
         message["tag"] = tag == any_tag ? py::object(py::none()) : py::object(py::int_(tag));
         message["bytes"] = entry.bytes.load(std::memory_order_acquire);
-        tell_times(message, entry.start.load(std::memory_order_acquire), entry.end.load(std::memory_order_acquire),
-                   now);
+        const uint64_t start = entry.start.load(std::memory_order_acquire);
+        tell_times(message, start, end_of(flight, start, entry.end.load(std::memory_order_acquire)), now);
         if (entry.number.load(std::memory_order_acquire) == number) messages.append(message);
     }
     return messages;
@@ -123,9 +126,9 @@ py::dict snapshot(const Control& control) {
     py::dict found;
     found["version"] = 1;
     found["group"] = flight.group.load();
-    found["token"] = flight.token;
-    found["rank"] = flight.rank;
-    found["size"] = flight.size;
+    found["token"] = flight.token.load();
+    found["rank"] = flight.rank.load();
+    found["size"] = flight.size.load();
     found["pid"] = control.pid;
     found["closed"] = control.closed.load(std::memory_order_acquire) != 0;
     found["error"] = flight.failed.load(std::memory_order_acquire) ? py::object(py::str(flight.failure.load()))
@@ -259,6 +262,7 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
         .def("set_group",
              [](Communicator& c, const std::string& name, uint64_t token) { c.endpoint.set_group(name, token); })
         .def("set_records_steps", [](Communicator& c, bool all) { c.endpoint.recorder().set_all_steps(all); })
+        .def("set_records_messages", [](Communicator& c, bool records) { c.mailbox.records = records; })
         .def("begin_call", [](Communicator& c, uint32_t signature, const std::string& text,
                               uint64_t bytes) { return c.endpoint.begin_call(signature, text, bytes); })
         .def("end_call", [](Communicator& c, bool well) { c.endpoint.finish(well); })
@@ -286,7 +290,8 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                      WithGil acquired;
                      delete object;
                  });
-                 c.on_failure = [kept] {
+                 WithoutGil released;
+                 c.attend([kept] {
                      if (!Py_IsInitialized()) return;
                      WithGil acquired;
                      take_gil([&] {  // Python gives the lock back, and takes it again
@@ -296,7 +301,7 @@ void add_flight(py::class_<Communicator, std::shared_ptr<Communicator>>& communi
                              error.discard_as_unraisable("abccl: a failure's callback");
                          }
                      });
-                 };
+                 });
              })
         .def(
             "set_stamps", [](Communicator& c, bool stamps) { c.endpoint.recorder().set_stamps(stamps); },
