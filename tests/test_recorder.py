@@ -215,7 +215,7 @@ def test_an_observers_error_is_not_the_calls(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_deadline_of_what_nobody_recorded_has_words(group: list[Communicator]) -> None:
-    assert group[0]._recorder.title() == 'a call in group "pair"'
+    assert group[0]._recorder.title().endswith(' in group "pair"')  # even if none has begun
 
 
 def test_the_last_owner_may_be_the_progress_thread() -> None:
