@@ -111,7 +111,8 @@ validate-simulator: $(NATIVE) ## time collectives and simulate the same, into do
 
 test: $(NATIVE) native-test $(if $(findstring mpi,$(EXTRAS)),.venv-mpich/.installed) ## all tests
 	@echo "== python tests"
-	@python -m pytest
+	@python -m pytest -m pure -n 2 --dist loadfile
+	@python -m pytest -m 'not pure'
 	@$(MAKE) --no-print-directory test-fake-gpu
 
 test-fake-gpu: $(NATIVE) ## the tests for a GPU on a driver that is none, which make test makes, too

@@ -23,6 +23,13 @@ os.environ.setdefault("ABCCL_FLIGHT_DIR", "off")
 RANKS = [int(word) for word in os.environ.get("ABCCL_TEST_RANKS", "2,3").split(",")]
 
 
+# Files whose tests start no rank and time nothing.
+PURE = set(
+    "algorithms bucket_parts candidates catalogue commands composed cost cubins families figures fit forms goal hierarchical "
+    "model mutants parameters plan radix replay rules simulate simulator survivors toml_file topology".split()
+)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `ranks`, and does not set it itself, runs for each number of ranks."""
     marks = list(metafunc.definition.iter_markers("parametrize"))
@@ -37,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_torch = importlib.util.find_spec("torch") is None
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
+        if item.path.stem.removeprefix("test_") in PURE:
+            item.add_marker("pure")
         if "ranks" in fixtures:
             item.add_marker("ranks")
         if "mpirun" in fixtures:
