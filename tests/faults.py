@@ -244,6 +244,7 @@ class _Group:
         while rank in self.pipes and self.pipes[rank].poll():
             self._hear(rank)
         os.close(self.handles.pop(rank))
+        self.asked.pop(rank, None)
         _, status = os.waitpid(self.pids[rank], 0)
         self.ranks[rank].status = os.waitstatus_to_exitcode(status)
 
@@ -272,7 +273,7 @@ class _Group:
         else:
             return
         for rank, reply in zip(sorted(self.asked), replies, strict=True):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, KeyError):  # it has just ended
                 self.pipes[rank].send_bytes(reply)
         self.asked = {}
 

@@ -80,7 +80,7 @@ def test_every_pass_of_a_small_program(
 @pytest.mark.ranks
 @pytest.mark.parametrize(("point", "action"), AT_INIT)
 def test_while_ranks_meet(point: str, action: str, zygote: faults.Zygote, record_property: Any) -> None:
-    check(zygote, [Spec(0, 3, point, action, victim, at) for victim in (0, 2) for at in (0, 1)], record_property)
+    check(zygote, [Spec(0, 3, point, action, victim, at) for victim in (0, 2) for at in (0, 1, 2)], record_property)
 
 
 @pytest.mark.ranks

@@ -239,7 +239,7 @@ class Maker:
     def _other(self, value: Any) -> Any:
         pick = self.random
         match pick.randrange(6):
-            case 0 if isinstance(value, (int, float)):
+            case 0 if isinstance(value, (int, float)) and abs(value) < 1e300:
                 return value + pick.choice((-1, 1, 0.5))
             case 1 if isinstance(value, str) and value:
                 at = pick.randrange(len(value))
