@@ -137,29 +137,18 @@ class ShmTransport(Transport):
 
     def _connect(self, exchange: Exchange, named: bool) -> list[str]:
         """Make and announce the own region, attach to all others; returns what went wrong anywhere."""
-        token = secrets.randbits(63) | 1
-        name = f"/abccl-{secrets.token_hex(8)}"
-        region = (
-            _native.Region.create_named(self.geometry.bytes, name)
-            if named
-            else _native.Region.create(self.geometry.bytes)
-        )
-        self._region, self._named = region, named
-        self.registers = not named  # peers map a rank's registered memory through its process entry
-        self.native = _native.Communicator(self.rank, self.geometry, region)
-        self.native.set_names(self.names)
-        self.native.announce(token)
-        self.recorder = self.native
-        cores = sorted(os.sched_getaffinity(0))
-        card = {"host": host_identity(), "pid": os.getpid(), "cores": cores}
-        card |= {"fd": region.fd, "name": name, "token": token, "address": self.native.address_of_token}
+        card = {"host": host_identity(), "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "token": 0}
         refusal, reads_all = "", True
+        try:
+            card |= self._make_region(named)
+        except AbcclError as error:  # memory may be full; the others, who wait for the card, must hear of it
+            refusal = f"rank {self.rank}: {error}"
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         self.token = cards[0]["token"]
         # All cores that any rank may use: a launcher may have bound each rank to one.
         self.cores = len({core for theirs in cards for core in theirs["cores"]})
         for peer, theirs in enumerate(cards):
-            if peer == self.rank or refusal:
+            if peer == self.rank or refusal or not theirs["token"]:
                 continue
             if theirs["host"] != card["host"]:
                 refusal = f"rank {self.rank} and rank {peer} are on different hosts or in different containers"
@@ -175,12 +164,29 @@ class ShmTransport(Transport):
             except AbcclError as error:
                 refusal = f"rank {self.rank} to rank {peer}: {error}"
         verdicts = [json.loads(blob) for blob in exchange(json.dumps([refusal, reads_all]).encode())]
-        region.unlink_name()
+        refusals = [text for text, _ in verdicts if text]
+        if card["token"]:
+            self._region.unlink_name()
+        if refusals:
+            return refusals
         # Linux lets processes of one user read each other's memory (process_vm_readv), unless a security module or a
         # container's policy forbids it. Without it all that is not registered is copied twice.
         self.pulls = all(reads for _, reads in verdicts)
         self.native.set_pull(self.pulls)
-        return [text for text, _ in verdicts if text]
+        return []
+
+    def _make_region(self, named: bool) -> dict[str, Any]:
+        """Make and announce the own region; what others need to attach to it."""
+        token, name = secrets.randbits(63) | 1, f"/abccl-{secrets.token_hex(8)}"
+        size = self.geometry.bytes
+        self._region = _native.Region.create_named(size, name) if named else _native.Region.create(size)
+        self._named = named
+        self.registers = not named  # peers map a rank's registered memory through its process entry
+        self.native = _native.Communicator(self.rank, self.geometry, self._region)
+        self.native.set_names(self.names)
+        self.native.announce(token)
+        self.recorder = self.native
+        return {"fd": self._region.fd, "name": name, "token": token, "address": self.native.address_of_token}
 
     def probe_link(self) -> bool:
         """Whether the ranks' cores are far from each other now, sharing no cache. Collective; some ms.
