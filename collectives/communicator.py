@@ -20,6 +20,7 @@ from ..algorithms import Collective, registry
 from ..errors import ArgumentError, ClosedError, CollectiveError
 from ..transports import Execution, Transport, _native
 from ..transports.joint import JOINT
+from ..transports.recorder import recorder_of
 from ..transports.shm import ShmPlan, ShmTransport
 from ..transports.topology import Topology, topology_of
 from . import flight
@@ -455,12 +456,13 @@ def _connect(
     name: str | None = None,
 ) -> Communicator:
     wanted, reproducible = wanted_transport(transport), is_reproducible(reproducible)
-    flight.signal_number()  # or an error, before the ranks meet
+    flight.install()  # or the signal would end a process that still meets its ranks
     if name is None:
         number = next(_inits)
         name = f"default {number}" if number > 1 else "default"
     say_start(bootstrap.rank, bootstrap.size, bootstrap.how, name)
     reached, topology = reach(bootstrap, wanted)
+    recorder_of(reached).set_group(name, reached.token)
     try:
         tuner = tuned(reached, topology, reproducible, bootstrap.exchange, part) if reached.size > 1 else None
     except BaseException:

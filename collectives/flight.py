@@ -288,7 +288,7 @@ def report() -> str:
     try:
         return in_words(together(os.getpid()))
     except ArgumentError:
-        return "this process has no communicator"
+        return "this process has no communicator, or still meets its ranks"
 
 
 @atexit.register

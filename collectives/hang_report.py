@@ -34,7 +34,7 @@ def report(snapshots: Iterable[Snapshot]) -> str:
 
 def group_name(one: Snapshot) -> str:
     """A communicator as messages call it: group "default"."""
-    return f'group "{one["group"]}"' if one["group"] else "an unnamed group"
+    return f'group "{one["group"]}"' if one["group"] else "ranks that are still meeting"
 
 
 def title(operation: Operation) -> str:
@@ -61,7 +61,7 @@ def _hours(seconds: float) -> str:
 
 def _communicator(one: Snapshot) -> tuple[object, ...]:
     """What the ranks of a communicator have in common: a token, or they are threads of one process."""
-    return (one["token"],) if one["token"] else (one["host"], one["pid"], one["group"])
+    return (one["token"],) if one["token"] else (one["host"], one["pid"], one["group"], one["size"])
 
 
 def _rank(one: Snapshot) -> int:
@@ -152,7 +152,7 @@ def _paragraph(group: list[Snapshot], everyone: Sequence[Snapshot]) -> str:
     lines += [f"  {_ranks(ranks)}: {words}, as others see it" for words, ranks in _by(seen, seen.get).items()]
     elsewhere = [rank for rank in missing if rank not in gone and rank not in seen]
     if elsewhere:
-        lines.append(f"  {_ranks(elsewhere)}: on another host, or ended")
+        lines.append(f"  {_ranks(elsewhere)}: on another host, closed or ended")
     return "\n".join(lines)
 
 
@@ -185,7 +185,9 @@ def _doing(alike: Sequence[Snapshot]) -> str:
         return f"in {title(operation)} for {_span(lasts)}" + f", {later} more begun" * bool(later)
     last = _last(one)
     ends = [_lasts(each, ended["end"]) for each in alike if (ended := _last(each)) and ended["end"] is not None]
-    before = f"the last was {title(last)}, {last['state']} {_span(ends)} ago" if last else "nothing was called yet"
+    before = (
+        f"the last was {title(last)}, {last['state']} {_span(ends)} ago" if last else "no collective was called yet"
+    )
     words = {"broken": "broken", "closed": "has closed it", "idle": "in no call"}[state.kind]
     return f"{words}; {before}"
 
@@ -312,12 +314,18 @@ def _late(group: Sequence[Snapshot], everyone: Sequence[Snapshot]) -> str:
     late = [one for one in group if one["entered"] < operation["number"]]
     if not late:
         return ""
+    # Who waits for a message is held up, too, by one who does not.
+    free = [one for one in late if not _messages(one)]
+    held, late = ([one for one in late if _messages(one)], free) if free else ([], late)
     has, what = "has" if len(late) == 1 else "have", title(operation)
     waiting = [one["rank"] for one, _ in stuck]
     wait = f"{_ranks(waiting)} {'waits' if len(waiting) == 1 else 'wait'} for {'it' if len(late) == 1 else 'them'}"
     farthest = min(late, key=lambda one: (one["entered"], one["rank"]))
     whose = "" if len({one["entered"] for one in late}) == 1 else f"rank {farthest['rank']} is farthest back, "
-    return f"{_who(late)} {has} not entered {what}: {whose}{_instead(farthest, everyone)}; {wait}"
+    held_up = "".join(f"; rank {one['rank']} waits in {_message(one, _messages(one)[0])}" for one in held[:3])
+    if len(late) > 1:
+        whose = whose or f"of rank {farthest['rank']}, "
+    return f"{_who(late)} {has} not entered {what}: {whose}{_instead(farthest, everyone)}; {wait}{held_up}"
 
 
 def _instead(one: Snapshot, everyone: Sequence[Snapshot]) -> str:
@@ -393,7 +401,7 @@ def _calm(group: Sequence[Snapshot]) -> str:
     entered = sorted({one["entered"] for one in group})
     newest = max(group, key=lambda one: one["entered"])
     if not newest["operations"]:
-        return "nothing was called yet"
+        return "no collective was called yet"
     if _moves(group):
         numbers = f"#{entered[-1]}" if len(entered) == 1 else f"#{entered[0]} to #{entered[-1]}"
         begun = _under_way(newest)

@@ -24,10 +24,10 @@ RANKS = [int(word) for word in os.environ.get("ABCCL_TEST_RANKS", "2,3").split("
 
 
 # Files whose tests start no rank and time nothing.
-PURE = set(
-    "algorithms bucket_parts candidates catalogue commands composed cost cubins families figures fit forms goal hierarchical "
-    "model mutants parameters plan radix replay rules simulate simulator survivors toml_file topology".split()
-)
+PURE = """
+    algorithms bucket_parts candidates catalogue commands composed cost cubins families figures fit forms goal
+    hierarchical model mutants parameters plan radix replay rules simulate simulator survivors toml_file topology
+"""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_torch = importlib.util.find_spec("torch") is None
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if item.path.stem.removeprefix("test_") in PURE:
+        if item.path.stem.removeprefix("test_") in PURE.split():
             item.add_marker("pure")
         if "ranks" in fixtures:
             item.add_marker("ranks")

@@ -216,7 +216,7 @@ def test_account(make: Make) -> None:
         for awaited, begins in (2, ", which is in broadcast #17; that rank is on another host"), (None, "; rank 3, on"):
             text = account(bulletins[0], "X", awaited, [2, 3], lambda: None)
             assert text.startswith(f"X{begins}")
-            assert "rank 3, on another host (h1), is one which has not entered #17" in text
+            assert "rank 3, on another host (h1), has not entered #17" in text
 
         def stop() -> None:
             raise DeadlineExceeded("of another rank")
@@ -236,7 +236,7 @@ def test_follow(make: Make) -> None:
         published(bulletins)
         bulletins[0].follow(3)
         assert ranks[0].noted.wait(30)
-        assert ranks[0].notes[0].startswith("rank 3, on another host (h1), is one which has not entered #17 (last: ")
+        assert ranks[0].notes[0].startswith("rank 3, on another host (h1), has not entered #17 (last: ")
         bulletins[0].follow(None)
         assert ranks[0].notes[-1] == ""
 

@@ -399,7 +399,7 @@ def signalled(signal: str = "SIGUSR1", before: str = "", **environment: str) -> 
 
 def test_a_signal_has_the_process_report() -> None:
     line, code = signalled()
-    assert line == "abccl: an unnamed group, 2 ranks: nothing was called yet\n" and code == 0
+    assert line == "abccl: ranks that are still meeting, 2 ranks: no collective was called yet\n" and code == 0
 
 
 def test_another_signal_or_none() -> None:

@@ -111,12 +111,12 @@ def test_all_are_in_the_call() -> None:
 
 def test_a_rank_of_another_host_is_told_of_by_those_here() -> None:
     here = [inside(rank, 8) for rank in range(4)]
-    assert "  ranks 4-7: on another host, or ended" in report(here)
-    here[0]["waiting"] |= {"note": "rank 7, on another host (b), is one which is in it too"}
-    here[1]["waiting"] |= {"note": "rank 7, on another host (b), is one which has not entered #17"}
+    assert "  ranks 4-7: on another host, closed or ended" in report(here)
+    here[0]["waiting"] |= {"note": "rank 7, on another host (b), is in it too"}
+    here[1]["waiting"] |= {"note": "rank 7, on another host (b), has not entered #17"}
     assert conclusion(*here) == (
         "in all_reduce #17 (ring, float32, 4 MiB), rank 1 waits at step 2 for block 1 from rank 0; rank 7, on another "
-        "host (b), is one which has not entered #17"
+        "host (b), has not entered #17"
     )
 
 
@@ -164,7 +164,7 @@ def test_nothing_is_wrong() -> None:
     assert conclusion(outside(0), outside(1)) == (
         "nothing is under way; the last was broadcast #16 (binomial, float32, 40 B), finished 4.2 s ago"
     )
-    assert conclusion(snapshot(0), snapshot(1)) == "nothing was called yet"
+    assert conclusion(snapshot(0), snapshot(1)) == "no collective was called yet"
     moving = [snapshot(rank, [operation(16 + rank, 0.2, 0.001)]) for rank in range(4)]
     assert conclusion(*moving) == "moves on, at #16 to #19: all_reduce #19 (ring, float32, 4 MiB)"
     assert len(report(moving).splitlines()) == 2

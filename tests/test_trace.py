@@ -81,15 +81,13 @@ def test_operations_steps_and_messages_have_rows(tmp_path: Path) -> None:
     calls = [operation(16, 6.0, 5.0), operation(17, 4.0)]
     ends = [step(16, 1, 5.75, peer=1), step(16, 2, 5.5), step(16, 1, 5.25, segment=1), step(17, 1, 3.0, lane=1)]
     sent = [message("send", 1, 2.0, 1.0), message("recv", None, 0.75)]
-    stuck = waiting(
-        17, 4.0, 1, "waits at step 3 for block 1 from rank 1", note="rank 1 is one which has not entered #17"
-    )
+    stuck = waiting(17, 4.0, 1, "waits at step 3 for block 1 from rank 1", note="rank 1 has not entered #17")
     found = rows(traced(tmp_path, snapshot(0, calls, steps=ends, messages=sent, waiting=stuck)))
     assert {row: [(event["name"], times(event)) for event in events] for row, events in found.items()} == {
         "host a: rank 0": [
             ("all_reduce #16", (0.0, 1.0)),
             ("all_reduce #17 (unfinished)", (2.0, 6.0)),
-            ("waits at step 3 for block 1 from rank 1; rank 1 is one which has not entered #17", (2.0, 6.0)),
+            ("waits at step 3 for block 1 from rank 1; rank 1 has not entered #17", (2.0, 6.0)),
         ],
         "host a: rank 0, lane 0": [
             ("step 1", (0.0, 0.25)),

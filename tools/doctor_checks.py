@@ -179,7 +179,7 @@ def check_variables() -> Iterator[Finding]:
             yield Finding(WARN, "variables", f"{name} is set, and nothing reads it", f"{hint} Else unset it")
     known = [f"{name}={os.environ[name]}" for name in ours if name in VARIABLES]
     if known:
-        yield Finding(OK, "variables", f"{', '.join(known)}: the same on all ranks?")
+        yield Finding(OK, "variables", f"{', '.join(known)}: must be the same on all ranks")
 
 
 PROGRAM = "#include <optional>\nint main() { if constexpr (true) return std::optional<int>(0).value(); }\n"

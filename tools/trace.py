@@ -118,7 +118,8 @@ def clocks(snapshots: Sequence[Snapshot]) -> dict[str, Clock]:
             if not meetings:
                 words += f"; no collective shows how far it is from that of {first}"
             elif least <= 0.0 <= most:
-                words += f"; {evidence} agree if {first}'s is within {_milliseconds(max(-least, most))}"
+                within = _milliseconds(max(-least, most))
+                words += f"; {evidence} agree{'s' * (meetings == 1)} if {first}'s is within {within}"
             else:
                 middle, half = (least + most) / 2, abs(most - least) / 2
                 side = "ahead of" if middle > 0 else "behind"

@@ -244,7 +244,7 @@ class Bulletin(ABC):
 
     def _note(self, rank: int, status: Status | None) -> str:
         who = f"rank {rank}, {place}, " if (place := self.place(rank)) else f"rank {rank} "
-        return f"{who}is one {self.words(status)}" if status else f"{who}{self.unknown}"
+        return f"{who}{self.words(status).removeprefix('which ')}" if status else f"{who}{self.unknown}"
 
     def _give_up(self) -> None:
         questions, self._questions = self._questions, []
@@ -295,7 +295,7 @@ def account(
         if status is None and bulletin.answers and not bulletin.failed:
             raise PeerLost(f"{text}{who} {bulletin.unknown}")
         if status is not None and status.entered < number:
-            text += f"{who} is one {bulletin.words(status)}"
+            text += f"{who} {bulletin.words(status).removeprefix('which ')}"
     return text
 
 

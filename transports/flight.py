@@ -6,11 +6,13 @@ memory, which is the owner's user, may read that at any time; nothing is written
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import socket
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from ..algorithms import Collective
@@ -262,15 +264,29 @@ def everything() -> list[Snapshot]:
 
 
 def together(pid: int) -> list[Snapshot]:
-    """The communicators that a process takes part in: what all of their ranks on this machine hold.
+    """The communicators that a process or its children take part in: what all of their ranks on this machine hold.
 
     Raises:
         ArgumentError, TransportError: see `snapshots`.
     """
-    own = snapshots(pid)
+    own = [snapshot for one in _with_children(pid) for snapshot in _there(one)] or snapshots(pid)
+    here = {one["pid"] for one in own}
     tokens = {one["token"] for one in own}
-    others = (snapshot for other in _own_processes() if other != pid for snapshot in _there(other))
+    others = (snapshot for other in _own_processes() if other not in here for snapshot in _there(other))
     return own + [one for one in others if one["token"] in tokens]
+
+
+def _with_children(pid: int) -> list[int]:
+    """A process and those that it has started, directly or not: ranks, if it is a launcher."""
+    parents = {}
+    for one in _own_processes():
+        with contextlib.suppress(OSError, IndexError):
+            stat = Path(f"/proc/{one}/stat").read_text()
+            parents[one] = int(stat.rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += (one for one, its in parents.items() if its == parent)
+    return found
 
 
 def own_snapshot(communicator: Any) -> Snapshot:

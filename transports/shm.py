@@ -145,6 +145,8 @@ class ShmTransport(Transport):
             refusal = f"rank {self.rank}: {error}"
         cards = [json.loads(blob) for blob in exchange(json.dumps(card).encode())]
         self.token = cards[0]["token"]
+        if card["token"]:
+            self.native.set_group("", self.token)  # for who looks before the communicator has a name
         # All cores that any rank may use: a launcher may have bound each rank to one.
         self.cores = len({core for theirs in cards for core in theirs["cores"]})
         for peer, theirs in enumerate(cards):

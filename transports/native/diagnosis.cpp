@@ -18,6 +18,16 @@ std::string seconds_ago(double seconds) {
     return text;
 }
 
+// "broadcast #16, finished 4.2 s ago"
+std::string last_words(const Endpoint::Position& position) {
+    if (position.entered == 0) return "nothing";
+    const bool unfinished = position.finished < position.entered;
+    std::string last =
+        kind_of(position.last) + " #" + std::to_string(position.entered) + (unfinished ? ", unfinished" : ", finished");
+    if (position.ago) last += (unfinished ? " for " : " ") + seconds_ago(*position.ago) + (unfinished ? "" : " ago");
+    return last;
+}
+
 }  // namespace
 
 void Endpoint::set_names(std::vector<uint32_t> names) {
@@ -91,19 +101,17 @@ Endpoint::Position Endpoint::position(uint32_t peer) const {
 std::string Endpoint::status_words(const Position& position) const {
     const std::string which = " #" + shown(sequence_);
     const uint64_t present = sequence_ > before_users_ ? sequence_ - before_users_ : 0;
-    const bool unfinished = position.finished < position.entered;
-    std::string last = "nothing";
-    if (position.entered != 0) {
-        last = kind_of(position.last) + " #" + std::to_string(position.entered) +
-               (unfinished ? ", unfinished" : ", finished");
-        if (position.ago)
-            last += (unfinished ? " for " : " ") + seconds_ago(*position.ago) + (unfinished ? "" : " ago");
-    }
+    const std::string last = last_words(position);
     if (position.closed) return "which has closed (last: " + last + ")";
     if (position.entered < present) return "which has not entered" + which + " (last: " + last + ")";
     if (position.entered > present)
         return "which has gone on to " + position.last + " #" + std::to_string(position.entered);
-    return unfinished ? "which is in it too" : "which has finished it";
+    return position.finished < position.entered ? "which is in it too" : "which has finished it";
+}
+
+std::string Endpoint::whereabouts(uint32_t peer) const {
+    const Position found = position(peer);
+    return "; " + name(peer) + (found.closed ? " has closed; it called last: " : " called last: ") + last_words(found);
 }
 
 std::string Endpoint::stragglers(uint32_t except) const {
@@ -113,7 +121,7 @@ std::string Endpoint::stragglers(uint32_t except) const {
     for (uint32_t other = 0, told = 0; other < geometry_.size; ++other) {
         if (other == except || other == rank_ || entered(other)) continue;
         if (told++ < most)
-            words += "; " + name(other) + " is one " + status(other);
+            words += "; " + name(other) + status(other).substr(std::string("which").size());
         else
             ++more;
     }

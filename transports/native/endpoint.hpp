@@ -190,7 +190,9 @@ class Endpoint {
     // That in words: "which has not entered #17 (last: broadcast #16, finished 4.2 s ago)".
     std::string status_words(const Position& position) const;
     std::string status(uint32_t peer) const { return status_words(position(peer)); }
-    // "; rank 3 is one which ...", of those that have not entered the present collective.
+    // "; rank 3 called last: broadcast #16, finished 4.2 s ago".
+    std::string whereabouts(uint32_t peer) const;
+    // "; rank 3 has not entered #17 ...", of those that have not entered the present collective.
     std::string stragglers(uint32_t except) const;
     // A message of collective number `sequence()` from `peer` had the wrong signature or length: throws Mismatch.
     [[noreturn]] void mismatch(uint32_t peer, const std::string& detail);

@@ -258,24 +258,27 @@ void Mailbox::check() {
     if (left == 0 && size > 1 && from_anybody) endpoint_.lost(last_gone, "a receive from any rank");
     const Deadline now = Clock::now();
     const std::string rank = endpoint_.name(self);
-    const auto expired = [&](const std::string& what) {
-        endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what + endpoint_.in_group());
+    const auto expired = [&](const std::string& what, int32_t peer) {
+        const std::string where = peer == any_source ? "" : endpoint_.whereabouts(static_cast<uint32_t>(peer));
+        endpoint_.fail(static_cast<uint32_t>(Kind::deadline), what + endpoint_.in_group() + where);
     };
-    for (const Arriving& a : arriving_)
-        if (a.matched && now > a.receive.deadline)
+    for (uint32_t peer = 0; peer < size; ++peer)
+        if (const Arriving& a = arriving_[peer]; a.matched && now > a.receive.deadline)
             expired("recv: " + rank + " waits for the rest of " + std::to_string(a.bytes) + " bytes from " +
-                    endpoint_.name(static_cast<uint32_t>(&a - arriving_.data())) + " (" + std::to_string(a.moved) +
-                    " have come)");
+                        endpoint_.name(peer) + " (" + std::to_string(a.moved) + " have come)",
+                    static_cast<int32_t>(peer));
     for (const Receiving& r : receiving_)
         if (now > r.deadline)
             expired("recv: " + rank + " waits for " + std::to_string(r.bytes) + " bytes from " +
-                    (r.source == any_source ? "any rank" : endpoint_.name(static_cast<uint32_t>(r.source))) +
-                    (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made");
+                        (r.source == any_source ? "any rank" : endpoint_.name(static_cast<uint32_t>(r.source))) +
+                        (r.tag == any_tag ? "" : " with tag " + std::to_string(r.tag)) + ", and no such send was made",
+                    r.source);
     for (uint32_t peer = 0; peer < size; ++peer)
         for (const Sending& s : sending_[peer])
             if (now > s.deadline)
                 expired("send: " + rank + " waits for " + endpoint_.name(peer) + " to receive " +
-                        std::to_string(s.bytes) + " bytes with tag " + std::to_string(s.tag));
+                            std::to_string(s.bytes) + " bytes with tag " + std::to_string(s.tag),
+                        static_cast<int32_t>(peer));
 }
 
 void Mailbox::fail(std::exception_ptr error) {
