@@ -215,7 +215,7 @@ FUZZ := build/fuzz
 CLANG ?= $(shell command -v clang++ || command -v clang++-14)
 PARSERS := record rules table told topology
 
-$(FUZZ)/seeds: tests/fuzz/plans.py algorithms/plan.py
+$(FUZZ)/seeds: tests/fuzz/plans.py $(NATIVE)
 	@rm -rf $@ && python tests/fuzz/plans.py $@
 
 $(OUT)/fuzz_plan: tests/fuzz/fuzz_plan.cpp $(if $(filter fuzz,$(VARIANT)),,tests/fuzz/alone.cpp) \

@@ -36,7 +36,7 @@ from ..algorithms import Collective
 from ..algorithms.plan import Plan
 from ..errors import ArgumentError, ClosedError, PeerLost, TransportError
 from .contract import NativeCall, Operation, Prepared, Request, Transport
-from .errand import error_from_words, error_to_words
+from .errand import error_from_json, error_from_words, error_to_words
 from .gloo_collectives import COLLECTIVES, NativePlan
 from .gloo_meeting import device, meet, reason
 from .portable import PortablePlan
@@ -360,7 +360,7 @@ class GlooTransport(Transport):
                 channel.received += 1
                 if buffer[0] == _Kind.ABORT:
                     length = _HEAD.unpack_from(buffer)[3]
-                    self.abort(error_from_words(json.loads(bytes(buffer[_HEAD.size :][:length]))))
+                    self.abort(error_from_json(bytes(buffer[_HEAD.size :][:length])))
                 self._tell((channel, buffer))
                 self._listen(channel)
         except RuntimeError as error:

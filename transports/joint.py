@@ -332,4 +332,9 @@ def joint_threads(hosts: Sequence[Sequence[int]], networks: Sequence[Transport] 
         return JointTransport(local, members, carriers[rank])
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(make, range(size)))
+        transports = list(pool.map(make, range(size)))
+    # Hosts were measured one by one, and ranks that go by what they have themselves must choose alike.
+    nearest = max(transport.local.native.streaming_from for transport in transports)
+    for transport in transports:
+        transport.local.native.streaming_from = nearest
+    return transports

@@ -34,7 +34,7 @@ from typing import Any
 from ..algorithms.plan import Plan
 from ..errors import ArgumentError, ClosedError, DeadlineExceeded, PeerLost, TransportError
 from .contract import SPINNING, NativeCall, Operation, Prepared, Request, Transport
-from .errand import error_from_words, error_to_words
+from .errand import error_from_json, error_to_words
 from .mpi_collectives import COLLECTIVES, NativePlan
 from .portable import PortablePlan
 from .running import take_first
@@ -307,7 +307,7 @@ class MPITransport(Transport):
         if not post.wanted:
             self._gone.add(post.source)
             return
-        error = error_from_words(json.loads(bytes(post.data)))
+        error = error_from_json(bytes(post.data))
         with self._lock:
             if self._error is None:
                 self._error = error

@@ -201,7 +201,7 @@ const uint8_t* Endpoint::payload(uint32_t peer, const Descriptor& descriptor) {
         return descriptor.payload;
     }
     const size_t start = static_cast<size_t>(descriptor.where) * cache_line;
-    if (start + descriptor.length > geometry_.bytes()) spoilt(peer);
+    if (start + descriptor.length > regions_[peer]->bytes()) spoilt(peer);
     return regions_[peer]->base() + start;
 }
 

@@ -181,17 +181,20 @@ bool Mailbox::progress_receives(uint32_t peer) {
             if (!wanted) return moved;
             a.unexpected = true;  // somebody waits for what is behind this message
             a.moved = a.kept.size();
-            a.kept.resize(a.bytes);
         }
         while (a.moved < a.bytes) {
             const Descriptor* descriptor = endpoint_.try_receive(peer, lane_);
             if (!descriptor) return moved;
             check_signature(peer, *descriptor, bytes_signature);
-            uint8_t* to = a.matched ? a.receive.data : a.kept.data();
             const uint8_t* payload = endpoint_.payload(peer, *descriptor);
-            if (descriptor->length > a.bytes - a.moved) endpoint_.spoilt(peer);
-            std::memcpy(to + a.moved, payload, descriptor->length);
-            a.moved += descriptor->length;
+            const size_t now = descriptor->length;
+            if (now > a.bytes - a.moved) endpoint_.spoilt(peer);
+            // What nobody waits for takes memory as it comes, whatever length was announced.
+            if (a.matched)
+                std::memcpy(a.receive.data + a.moved, payload, now);
+            else
+                a.kept.insert(a.kept.end(), payload, payload + now);
+            a.moved += now;
             endpoint_.release(peer, lane_);
             moved = true;
         }
