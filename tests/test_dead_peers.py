@@ -259,7 +259,7 @@ def test_a_stopped_rank_is_no_dead_one(zygote: faults.Zygote) -> None:
         if ended.rank != VICTIM:
             text = ended.result["text"]
             assert text.startswith("DeadlineExceeded: all_reduce") and f"rank {VICTIM}" in text
-            assert "which has not entered #2 (last: barrier #1, finished " in text
+            assert " has not entered #2 (last: barrier #1, finished " in text
 
 
 def dies_while_ranks_meet(when: str) -> str:

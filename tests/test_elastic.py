@@ -117,7 +117,8 @@ if attempt == 0:
         print("lost", flush=True)
         sys.exit(1)
 communicator.barrier()
-print(f"attempt {attempt}: {int(x[0])} ranks", flush=True)
+sys.stdout.write(f"attempt {attempt}: {int(x[0])} ranks\\n")  # at once: two ranks write there
+sys.stdout.flush()
 """
 
 

@@ -403,7 +403,7 @@ def test_a_signal_has_the_process_report() -> None:
 
 
 def test_another_signal_or_none() -> None:
-    assert signalled("SIGUSR2", ABCCL_SIGNAL="USR2")[0].startswith("abccl: an unnamed group, ")
+    assert signalled("SIGUSR2", ABCCL_SIGNAL="USR2")[0].startswith("abccl: ranks that are still meeting, ")
     assert signalled(ABCCL_SIGNAL="none") == ("", -signal.SIGUSR1), "what the system does with it"
 
 
