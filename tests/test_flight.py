@@ -350,7 +350,9 @@ def test_ranks_that_raise_and_end_have_left_their_records(here: ModuleType, tmp_
     (only,) = tmp_path.iterdir()
     records = [json.loads((only / f"rank-{rank}.json").read_text()) for rank in (0, 2)]
     assert all(one["error"].startswith("PeerLost: rank 1 ") for one in records)
-    assert all(one["operations"][-1]["state"] == "failed" for one in records)
+    # Who hears of it before it enters the call has none that failed.
+    states = [one["operations"][-1]["state"] for one in records]
+    assert "failed" in states and set(states) <= {"failed", "finished"}
     assert not (only / "rank-1.json").exists()
 
 

@@ -194,7 +194,7 @@ def test_communicators_have_paragraphs() -> None:
         'group "tp", 2 ranks',
     ]
     threads = [outside(rank, 2, group="", token=0, pid=pid) for pid in (1, 2) for rank in (0, 1)]
-    assert report(threads).count("an unnamed group, 2 ranks: nothing is under way") == 2
+    assert report(threads).count("ranks that are still meeting, 2 ranks: nothing is under way") == 2
 
 
 def test_durations() -> None:

@@ -24,7 +24,7 @@ import pytest
 import abccl
 from abccl import Collective, Communicator
 from abccl.algorithms import algorithms
-from abccl.collectives import launch
+from abccl.collectives import flight, launch
 from abccl.transports.shm import ARENA_BYTES, shm_threads
 
 DEADLINE = 30.0
@@ -239,6 +239,7 @@ def goes_wrong(how: str) -> list[str]:
 
 
 def ends_badly(how: str, folder: str) -> None:
+    flight.install()  # its thread and its pipes stay as long as the process
     before = handles()
     errors = goes_wrong(how)
     gc.collect()
