@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -140,8 +139,12 @@ def survive(do: Callable[[Communicator], Any], timeout: float = 60.0) -> dict[st
 
     def suffer() -> dict[str, Any]:
         c = faults.joined(timeout=timeout)
-        c.barrier()
-        found = outcome(partial(do, c)) | {"again": outcome(c.barrier)["text"], "busy": faults.idle_seconds(0.1)}
+
+        def call() -> None:
+            c.barrier()  # which a survivor may still be in when another has seen the death
+            do(c)
+
+        found = outcome(call) | {"again": outcome(c.barrier)["text"], "busy": faults.idle_seconds(0.1)}
         begun = time.monotonic()
         c.close()
         return found | {"closing": time.monotonic() - begun}
