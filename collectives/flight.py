@@ -49,17 +49,7 @@ PATIENCE = 5.0
 
 
 def dump(communicator: Any, path: str | os.PathLike[str] | None = None) -> Path:
-    """Write what the recorder of a communicator holds as JSON, for `abccl trace`.
-
-    Args:
-        path: the file; by default one of the communicator's folder below ABCCL_FLIGHT_DIR.
-
-    Returns:
-        The file.
-
-    Raises:
-        ArgumentError: there is no folder to write to; the message says why.
-    """
+    """See `Communicator.dump_flight_record`."""
     snapshot = communicator.flight_record()
     if path is None:
         folder = _folder(snapshot)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abccl import Aborted, Communicator, DeadlineExceeded, Mismatch
+from abccl import Aborted, ClosedError, Communicator, DeadlineExceeded, Mismatch
 from abccl.transports import Transport, _native
 from abccl.transports.inproc import inproc
 from abccl.transports.joint import joint_threads
@@ -226,5 +226,7 @@ def test_the_last_owner_may_be_the_progress_thread() -> None:
         del first
         # Who has the interpreter submits, while the thread gives back what only it still had.
         pending = [second.send(np.ones(1), 0, async_op=True) for _ in range(3)]
+        with pytest.raises(ClosedError):
+            work.wait()
         del work, pending
         second.close()
